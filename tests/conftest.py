@@ -1,0 +1,40 @@
+"""What every test file shares: where the repository is, which files are its own, and a quiet, offline, repeatable environment."""
+import os, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+# kernels and commands started by tests inherit these
+os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
+os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's python3 kernel, not the user's
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails at once
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+settings.register_profile("htlab", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("htlab")
+
+
+def repo_files():
+    "Paths, relative to the root, of every file that is or would be committed; without git, of every file git would not ignore."
+    git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-coz", "--exclude-standard"], capture_output=True) if (ROOT / ".git").exists() and shutil.which("git") else None
+    if git and git.returncode == 0: names = [Path(name) for name in git.stdout.decode().split("\0") if name]
+    else:
+        ours = ("htlab", "nbs", "tests", "benchmarks", "data_manifests", ".ci")
+        names = [p.relative_to(ROOT) for top in ours for p in (ROOT / top).rglob("*")] + [p.relative_to(ROOT) for p in ROOT.glob("*")]
+        hidden = {"__pycache__", ".ipynb_checkpoints", "_scratch", "runs"}
+        names = [n for n in names if not hidden & set(n.parts) and n.name not in (".last_checked", ".DS_Store")]
+    return sorted({n for n in names if (ROOT / n).is_file()})
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of the repository's files as they are now, committed or not: tools and pages may write in it, nobody's work is touched."
+    for name in repo_files():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    return tmp_path

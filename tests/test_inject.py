@@ -1,0 +1,308 @@
+"Laws of adapters inside towers, on small random towers of timm and open_clip: CLS, registers, no prefix, square and not."
+import copy
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings, strategies as st
+from open_clip.transformer import Transformer, VisionTransformer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from htlab.adapter import OPS, Adapter
+from htlab.backbone import Backbone
+from htlab.inject import Adapted, adapter_state, adapters, add_adapters, disabled, load_adapters, remove_adapters, save_adapters, trainable
+
+def vit(size=(32, 32), **kw):
+    return timm.create_model('vit_tiny_patch16_224', img_size=size, patch_size=8, depth=3, embed_dim=24, num_heads=2, num_classes=0, **kw)
+
+def clip(size=(32, 32)): return VisionTransformer(size, 8, 24, 3, 2, 2., output_dim=10)
+
+BUILD = {'cls': vit, 'wide': lambda: vit((24, 56)), 'registers': lambda: vit((40, 24), reg_tokens=4),
+         'no-prefix': lambda: vit(class_token=False, global_pool='avg'), 'open_clip': clip, 'open_clip-wide': lambda: clip((24, 40))}
+MADE = {}
+TAPS = [0, 1, 2]
+
+def tower(name='cls', seed=0):
+    "A fresh copy of a small frozen tower."
+    if (name, seed) not in MADE:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            MADE[name, seed] = Backbone(BUILD[name](), f'toy-{name}')
+    return copy.deepcopy(MADE[name, seed])
+
+def adapted(name='cls', op='hybrid', **kw): return add_adapters(tower(name), op, **{'bottleneck': 8, 'init': 'reference', **kw})
+def images(b, n=2): return torch.rand(n, 3, *b.size)
+
+@torch.no_grad()
+def look(b, x): return [*b.features(x, TAPS), b.embed_image(x)]
+def equal(a, b): return all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
+
+every = pytest.mark.parametrize('name', BUILD)
+every_op = pytest.mark.parametrize('op', OPS)
+laws = settings(max_examples=6, deadline=None, derandomize=True)
+some_blocks = st.sets(st.integers(0, 2), min_size=1).map(sorted)
+
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)
+
+@every
+@every_op
+def test_identity_at_start_and_off_equals_base(name, op):
+    b = tower(name)
+    x, blocks = images(b), list(b.blocks)
+    base = look(b, x)
+    assert add_adapters(b, op, 8) is b and equal(look(b, x), base)
+    remove_adapters(b), add_adapters(b, op, 8, init='reference')
+    on = look(b, x)
+    assert not any(torch.equal(i, j) for i, j in zip(on, base))
+    with disabled(b) as same: assert same is b and equal(look(b, x), base) and all(i is j for i, j in zip(b.blocks, blocks))
+    assert equal(look(b, x), on)
+
+@every
+@every_op
+def test_only_adapters_learn(name, op):
+    b = adapted(name, op)
+    b.train()
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    inside = {id(p) for a in adapters(b).values() for p in a.parameters()}
+    assert {id(p) for p in trainable(b)} == inside
+    opt = torch.optim.AdamW(trainable(b), 1e-2)
+    b.embed_image(images(b)).square().sum(1).add(b.features(images(b), [2])[0].square().mean()).sum().backward()
+    opt.step()
+    after = b.state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {k for k in before if '.adapter.' in k}
+    base = remove_adapters(b).state_dict()
+    assert all(torch.equal(v, base[k]) for k, v in MADE[name, 0].state_dict().items()) and not trainable(b)
+
+@every
+@laws
+@given(blocks=some_blocks, op=st.sampled_from(list(OPS)))
+def test_removal_leaves_no_trace(name, blocks, op):
+    b = tower(name)
+    x, modules, keys, tree = images(b), list(b.blocks), list(b.state_dict()), [id(m) for m in b.modules()]
+    base = look(b, x)
+    add_adapters(b, op, 8, blocks=blocks, init='reference')
+    assert sorted(adapters(b)) == blocks and all((m is b.blocks[i]) == (i not in blocks) for i, m in enumerate(modules))
+    with pytest.raises(RuntimeError, match='boom'):
+        with disabled(b): raise RuntimeError('boom')
+    assert sorted(adapters(b)) == blocks
+    remove_adapters(b)
+    assert all(i is j for i, j in zip(b.blocks, modules)) and [id(m) for m in b.modules()] == tree and list(b.state_dict()) == keys
+    assert equal(look(b, x), base) and not any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in b.modules())
+    assert remove_adapters(b) is b                                     # nothing there: nothing to do
+
+@every
+@laws
+@given(blocks=some_blocks)
+def test_intermediates_are_the_adapted_features(name, blocks):
+    "What forward_intermediates returns is what the wrapped block put out; adapters are felt at and behind their block only."
+    b = adapted(name, blocks=blocks)
+    x, seen = images(b), {}
+    hooks = [m.register_forward_hook(lambda m, i, o, k=k: seen.setdefault(k, o)) for k, m in enumerate(b.blocks)]
+    on = look(b, x)[:3]
+    for h in hooks: h.remove()
+    with disabled(b): off = look(b, x)[:3]
+    for i in TAPS:
+        assert torch.equal(seen[i][:, b.prefix:].transpose(1, 2).unflatten(2, b.grid), on[i])
+        assert torch.equal(on[i], off[i]) == (i < blocks[0])
+
+@every
+def test_adapter_matches_by_hand(name):
+    "A wrapped block is adapter(block(x)) with the tower's own grid and prefix."
+    b = adapted(name)
+    x = torch.randn(2, b.prefix + b.grid[0] * b.grid[1], b.width)
+    w = b.blocks[1]
+    assert torch.equal(w(x), w.adapter(w.base(x)))
+    assert w.adapter.config['grid'] == b.grid and w.adapter.config['prefix'] == b.prefix
+
+@every
+def test_deepcopy_is_independent(name):
+    a = adapted(name)
+    x, c = images(a), copy.deepcopy(a)
+    before = look(a, x)
+    assert equal(look(c, x), before) and not {p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in c.parameters()}
+    with torch.no_grad(): [p.zero_() for p in c.parameters()]
+    assert equal(look(a, x), before) and not equal(look(c, x), before)
+    remove_adapters(c)
+    assert len(adapters(a)) == 3 and not adapters(c)
+
+@every
+def test_checkpointing_gives_the_same_gradients(name):
+    b, grads = adapted(name), []
+    x = images(b)
+    for on in (False, True):
+        b.tower.set_grad_checkpointing(on)
+        b.train(), b.zero_grad(), torch.manual_seed(1)                     # dropout on, the same one
+        sum(f.square().mean() for f in b.features(x, TAPS)).backward()
+        grads.append([p.grad.clone() for p in trainable(b)])
+    for g, h in zip(*grads): torch.testing.assert_close(g, h)
+    assert all(g.abs().sum() > 0 for g in grads[1][:5])
+
+@pytest.mark.parametrize('name', ['registers', 'open_clip'])
+@pytest.mark.parametrize('op', ['hybrid', 'hybrid-ring'])
+def test_compile(name, op):
+    b = adapted(name, op)
+    x = images(b) - .5
+    run = torch.compile(lambda x: b.tower.forward_intermediates(x, indices=TAPS, intermediates_only=True), backend='aot_eager')
+    def out(f):
+        y = f(x)
+        y = y['image_intermediates'] if isinstance(y, dict) else y
+        b.zero_grad(); sum(f.square().mean() for f in y).backward()
+        return y, [p.grad.clone() for p in trainable(b)]
+    plain = lambda x: b.tower.forward_intermediates(x, indices=TAPS, intermediates_only=True)
+    for (y, g), (z, h) in [(out(run), out(plain))]:
+        for i, j in zip([*y, *g], [*z, *h], strict=True): torch.testing.assert_close(i, j, atol=1e-5, rtol=1e-4)
+    with disabled(b), torch.no_grad():
+        y, z = run(x), plain(x)
+        y, z = (v['image_intermediates'] if isinstance(v, dict) else v for v in (y, z))
+        for i, j in zip(y, z): torch.testing.assert_close(i, j, atol=1e-5, rtol=1e-4)
+
+@every
+@every_op
+def test_save_and_load(name, op, tmp_path):
+    a = adapted(name, op, blocks=[0, 2], dropout=.2)
+    x, file = images(a), save_adapters(a, tmp_path / 'a.safetensors')
+    assert list(tmp_path.iterdir()) == [file]
+    b = load_adapters(tower(name), file)
+    assert equal(look(b, x), look(a, x)) and not any(m.training for m in b.blocks.modules())
+    assert {i: m.config for i, m in adapters(b).items()} == {i: m.config for i, m in adapters(a).items()}
+    with torch.no_grad(): [p.zero_() for p in trainable(b)]
+    ids = [id(p) for p in trainable(b)]
+    assert load_adapters(b, file) is b and equal(look(b, x), look(a, x)) and [id(p) for p in trainable(b)] == ids    # an optimiser keeps its parameters
+    with safe_open(file, 'pt') as f: meta = f.metadata()
+    assert meta['base'] == f'toy-{name}' and meta['hash'] == a.hash and json.loads(meta['adapter'])['op'] == op and meta['htlab']
+    assert json.loads(meta['preprocessing']) == dict(size=list(a.size), mean=list(a.mean), std=list(a.std), interpolation='bicubic')
+    assert load_file(file).keys() == adapter_state(a).keys() == {f'{i}.{k}' for i in (0, 2) for k in Adapter(24, 8, op).state_dict()}
+
+def test_state_dict_of_the_whole_model():
+    a, b = adapted(), adapted(seed := 'cls')
+    assert not equal(look(a, x := images(a)), look(b, x))
+    b.load_state_dict(a.state_dict())
+    assert equal(look(a, x), look(b, x)) and seed
+
+def test_adapters_take_another_image_size(tmp_path):
+    file = save_adapters(adapted('cls'), tmp_path / 'a.safetensors')
+    big = tower('cls')
+    big.model.set_input_size((64, 64))
+    big = Backbone(big.model, 'toy-cls')
+    assert load_adapters(big, file).features(images(big), TAPS)[0].shape[-2:] == (8, 8)
+
+def loud(f, says, kind=ValueError):
+    with pytest.raises(kind, match=says) as e: f()
+    assert '\n' not in str(e.value)
+
+def test_add_is_refused_before_anything_is_touched():
+    b = tower()
+    x, tree, base = images(b), [id(m) for m in b.modules()], look(b := tower(), images(b)) and None
+    x, tree, base = images(b), [id(m) for m in b.modules()], None
+    base = look(b, x)
+    for kw, says in [(dict(op='hybird'), "'hybrid'"), (dict(blocks=[]), 'at least one'), (dict(blocks=[1, 3]), '0 to 2'), (dict(blocks=[-1]), '0 to 2'), (dict(blocks=[1, 1]), 'once'),
+                     (dict(blocks=['1']), '0 to 2'), (dict(bottleneck=2), 'at least 4'), (dict(init='zero'), 'init'), (dict(dropout=3.), 'dropout')]:
+        loud(lambda: add_adapters(b, **kw), says)
+        assert [id(m) for m in b.modules()] == tree and equal(look(b, x), base)
+    add_adapters(b, blocks=[1])
+    loud(lambda: add_adapters(b, blocks=[2]), r'already has adapters behind blocks \[1\]')
+    assert list(adapters(b)) == [1]
+
+def test_sequence_first_blocks_are_refused():
+    blocks = Transformer(24, 2, 2, batch_first=False).resblocks
+    b = SimpleNamespace(blocks=blocks, width=24, prefix=1, grid=(4, 4), name='old', training=False)
+    loud(lambda: add_adapters(b), 'batch_first=True')
+
+def test_adding_inside_disabled_is_refused_and_undone():
+    b = adapted()
+    kept, on = adapters(b), look(b, x := images(b))
+    with pytest.raises(RuntimeError, match='inside disabled'):
+        with disabled(b): add_adapters(b, 'mona', 8, blocks=[1])
+    assert adapters(b) == kept and equal(look(b, x), on)
+    with disabled(b), disabled(b): assert not adapters(b)
+    assert adapters(b) == kept
+
+def test_mode_set_while_disabled_reaches_the_adapters():
+    b = adapted()
+    b.train()
+    assert all(a.training for a in adapters(b).values()) and not any(w.base.training for w in b.blocks)
+    with disabled(b): b.eval()
+    assert not any(a.training for a in adapters(b).values())
+
+def test_load_refuses(tmp_path):
+    a = adapted(blocks=[0, 2])
+    file = save_adapters(a, tmp_path / 'a.safetensors')
+    with safe_open(file, 'pt') as f: meta = f.metadata()
+    state = load_file(file)
+    def variant(drop=(), add={}, meta=meta): 
+        save_file({**{k: v for k, v in state.items() if k not in drop}, **add}, tmp_path / 'b.safetensors', metadata=meta)
+        return tmp_path / 'b.safetensors'
+    other = tower(seed=1)
+    loud(lambda: load_adapters(other, file), f'toy-cls.*{a.hash[:12]}.*{other.hash[:12]}')
+    other = tower(); other.name = 'quick'
+    loud(lambda: load_adapters(other, file), "set backbone.name = 'toy-cls'")
+    loud(lambda: load_adapters(Backbone(tower().model, 'toy-cls', mean=.4), file), 'mean')
+    b = tower()
+    tree = [id(m) for m in b.modules()]
+    for wrong, says in [(variant(drop=['2.up.bias']), '2.up.bias'), ]: loud(lambda: load_adapters(b, wrong), says)
+    loud(lambda: load_adapters(b, variant(add={'1.up.bias': torch.zeros(24)})), '1.up.bias')
+    loud(lambda: load_adapters(b, variant(add={'0.up.bias': torch.zeros(23)})), '0.up.bias')
+    loud(lambda: load_adapters(b, variant(meta={'format': 'pt'})), 'header')
+    loud(lambda: load_adapters(b, variant(meta={**meta, 'adapter': '{'})), 'header')
+    loud(lambda: load_adapters(b, variant(meta={**meta, 'adapter': json.dumps({**json.loads(meta['adapter']), 'op': 'later'})})), 'later')
+    loud(lambda: load_adapters(b, tmp_path / 'none.safetensors'), 'none.safetensors', FileNotFoundError)
+    loud(lambda: load_adapters(b, tmp_path), 'no such file', FileNotFoundError)
+    (tmp_path / 'cut.safetensors').write_bytes(file.read_bytes()[:999])
+    loud(lambda: load_adapters(b, tmp_path / 'cut.safetensors'), 'complete')
+    assert [id(m) for m in b.modules()] == tree
+    for kw in (dict(op='mona', blocks=[0, 2]), dict(bottleneck=16, blocks=[0, 2]), dict(blocks=[0, 1])):
+        c = adapted(**kw)
+        before = look(c, x := images(c))
+        loud(lambda: load_adapters(c, file), 'remove_adapters first')
+        assert equal(look(c, x), before)
+
+def test_save_is_whole_or_absent(tmp_path, monkeypatch):
+    a, file = adapted(), tmp_path / 'a.safetensors'
+    loud(lambda: save_adapters(tower(), file), 'no adapters')
+    loud(lambda: save_adapters(a, tmp_path / 'no' / 'a.safetensors'), 'no folder', FileNotFoundError)
+    save_adapters(a, file)
+    old = file.read_bytes()
+    def full(*args): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', full)
+        with pytest.raises(OSError, match='space'): save_adapters(adapted('cls', 'mona'), file)
+    assert file.read_bytes() == old and os.listdir(tmp_path) == ['a.safetensors']
+
+@pytest.mark.parametrize('name', ['wide', 'open_clip'])
+@every_op
+def test_bf16(name, op):
+    "Under autocast, and float32 adapters behind a bfloat16 tower."
+    b = adapted(name, op)
+    x = images(b)
+    want = look(b, x)
+    with torch.autocast('cpu', torch.bfloat16): low = look(b, x)
+    half = tower(name).bfloat16()
+    add_adapters(half, op, 8)
+    for i, a in adapters(half).items(): a.load_state_dict(adapters(b)[i].state_dict())
+    for got in (low, look(half, x.bfloat16())):
+        for f, w in zip(got, want): assert (f.float() - w).norm() < .05 * w.norm()
+
+def test_open_clip_seams():
+    "get_cast_dtype asks block 0; attention masks pass through, by position (checkpointing) and by name."
+    b = adapted('open_clip')
+    t = b.tower.transformer
+    assert t.get_cast_dtype() is torch.float32
+    x, n = torch.randn(2, 17, 24), 17
+    mask = torch.full((n, n), float('-inf')).triu(1)
+    w = t.resblocks[0]
+    want = w.adapter(w.base(x, attn_mask=mask))
+    assert torch.equal(w(x, attn_mask=mask), want) and torch.equal(w(x, None, None, mask), want) and not torch.allclose(w(x), want)
+    assert t(x, attn_mask=mask).shape == x.shape
+
+def test_trainable_is_by_structure():
+    b, head = adapted(blocks=[1]), nn.Linear(3, 3)
+    b.adapter_like_name = nn.Linear(2, 2).requires_grad_(False)                         # a name that would fool a substring
+    both = nn.ModuleList([b, head])
+    assert {id(p) for p in trainable(both)} == {id(p) for m in (b.blocks[1].adapter, head) for p in m.parameters()}
+    assert isinstance(b.blocks[1], Adapted) and not any(p.requires_grad for p in b.blocks[1].base.parameters())

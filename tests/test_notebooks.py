@@ -1,0 +1,36 @@
+"""Every notebook runs from top to bottom, each under its own name, in a copy of the repository."""
+import json
+
+import papermill
+import pytest
+from conftest import ROOT
+
+# Long pages and templates run with these instead of their own numbers; the stored outputs come from their own.
+SMOKE = {
+}
+
+ORDER = ["api", "lessons", "experiments"]
+PAGES = sorted((p for kind in ORDER for p in (ROOT / "nbs" / kind).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts),
+               key=lambda p: (ORDER.index(p.relative_to(ROOT / "nbs").parts[0]), p.name))
+NAMES = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in PAGES]
+
+
+def source(cell): return "".join(cell["source"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_page_runs(name, copy, monkeypatch):
+    path = copy / "nbs" / f"{name}.ipynb"
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    if any("- skip_exec: true" in source(c) for c in nb["cells"][:1]): pytest.skip("the page says skip_exec")
+    nb["cells"] = [c for c in nb["cells"] if "#| eval: false" not in source(c)]
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    unknown = set(SMOKE.get(name, {})) - set(papermill.inspect_notebook(path))
+    assert not unknown, f"SMOKE[{name!r}] sets {unknown}, which the page's cell tagged 'parameters' does not have"
+    monkeypatch.delenv("MPLBACKEND")  # the kernel draws into the page
+    monkeypatch.setenv("HTLAB_DATA", str(copy / "no-data"))  # the same on every machine, whatever was imported there
+    papermill.execute_notebook(path, copy / "out.ipynb", SMOKE.get(name, {}), cwd=path.parent, kernel_name="python3", progress_bar=False, execution_timeout=900)
+
+
+def test_smoke_names_pages():
+    assert not set(SMOKE) - set(NAMES), "SMOKE names pages that do not exist"
