@@ -12,7 +12,6 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -122,8 +121,8 @@ def save_adapters(
     "Write adapters and a header (base, hash, preprocessing, settings, version): aside first, then renamed."
     path, state = Path(path), adapter_state(backbone)
     config = {**next(iter(adapters(backbone).values())).config, 'blocks': list(adapters(backbone))}
-    data = save({k: v.cpu().contiguous() for k, v in state.items()},
-                dict(htlab=__version__, base=backbone.name, hash=backbone.hash, adapter=json.dumps(config), preprocessing=json.dumps(_preprocessing(backbone))))
+    header = dict(version=__version__, base=backbone.name, hash=backbone.hash, preprocessing=_preprocessing(backbone), adapter=config)
+    data = save({k: v.cpu().contiguous() for k, v in state.items()}, {'htlab': json.dumps(header)})    # one key: several come in random order
     if not path.parent.is_dir(): raise FileNotFoundError(f'{path}: there is no folder {path.parent}')
     part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -138,8 +137,8 @@ def _read(path):
     try:
         with safe_open(path, 'pt') as f: state, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e: raise ValueError(f'{path} is not a complete safetensors file ({e})') from None
-    try: return state, meta['base'], meta['hash'], json.loads(meta['preprocessing']), json.loads(meta['adapter'])
-    except (KeyError, ValueError) as e: raise ValueError(f'{path} has no header of save_adapters ({e})') from None
+    try: header = json.loads(meta['htlab']); return state, *(header[k] for k in ('base', 'hash', 'preprocessing', 'adapter'))
+    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} has no header of save_adapters ({e!r})') from None
 
 def load_adapters(
     backbone:Backbone, # the base the adapters were made for

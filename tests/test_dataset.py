@@ -1,0 +1,172 @@
+"Laws of scenes and image sets: determinism, size independence, letterbox round trip, augmentation, errors."
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+
+from htlab.backbone import tiny_vocab
+from htlab.dataset import (LABELS, ODDS, ORGANS, ImageSet, augmentation, caption, draw_attributes, draw_scenes, fit_box, parse_recipe, phantom_table, scene,
+                           world_prompts)
+from htlab.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def phantom(): return Manifest.load("phantom")
+
+
+@pytest.fixture
+def files(tmp_path):
+    "A manifest of two files: a wide image with a mask, a tall one without"
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir(); (tmp_path / "masks").mkdir()
+    wide, tall = rng.integers(0, 255, (60, 120), np.uint8), rng.integers(0, 255, (90, 45), np.uint8)
+    mask = np.zeros((60, 120), np.uint8); mask[20:40, 30:90] = 255
+    for name, a in {"images/wide": wide, "images/tall": tall, "masks/wide": mask}.items(): Image.fromarray(a).save(tmp_path / f"{name}.png")
+    rows = [dict(id=n, image=f"images/{n}.png", mask=f"masks/{n}.png" if n == "wide" else "", label=l, group=n, split="train", sha256=h * 64, width=w, height=hh)
+            for n, l, h, w, hh in (("wide", "benign", "a", 120, 60), ("tall", "malignant", "b", 45, 90))]
+    pd.DataFrame(rows).to_csv(tmp_path / "two.csv", index=False)
+    return Manifest.load(tmp_path / "two.csv", root=tmp_path)
+
+
+@given(st.integers(0, 1000), st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_a_scene_is_a_function_of_seed_and_index(seed, index):
+    a, b = scene(seed, index, 64), scene(seed, index, 64)
+    assert a.attributes == b.attributes and a.caption == b.caption
+    assert np.array_equal(a.bmode(), b.bmode()) and np.array_equal(a.clean(), b.clean()) and np.array_equal(a.mask, b.mask)
+    big = scene(seed, index, 160)
+    assert big.attributes == a.attributes and big.caption == a.caption and abs(big.mask.mean() - a.mask.mean()) < .01
+    assert 0 < a.mask.mean() < .4 and np.isfinite(a.echogenicity).all()
+
+
+def test_same_in_another_process():
+    code = "import hashlib; from htlab.dataset import scene; s = scene(1, 5, 112); print(hashlib.sha256(s.bmode().tobytes() + s.caption.encode()).hexdigest())"
+    out = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": str(k)}).stdout for k in (1, 2)}
+    assert len(out) == 1
+
+
+def test_attributes_follow_their_odds():
+    rng = np.random.default_rng(0)
+    drawn = pd.DataFrame([draw_attributes(rng) for _ in range(6000)])
+    for k, odds in ODDS.items():
+        for j, label in enumerate(LABELS):
+            share = drawn[drawn.label == label][k].value_counts(normalize=True)
+            for value, p in odds.items(): assert share.get(value, 0) == pytest.approx(p[j], abs=.035)
+            assert sum(p[j] for p in odds.values()) == pytest.approx(1)
+
+
+def test_captions_say_only_what_is_true():
+    for i in range(60):
+        s = scene(4, i, 16)
+        words = s.caption
+        assert s.attributes["organ"] in words or "an ultrasound image of" in words
+        for label in LABELS: assert label not in re.findall(r"\w+", words) or label == s.attributes["label"]
+        for value in ODDS["margin"]: assert value not in words or value == s.attributes["margin"]
+
+
+@pytest.mark.parametrize("attribute", ["organ", "label", *ODDS])
+def test_prompts_use_the_words_of_captions(attribute):
+    known = set(tiny_vocab([scene(0, i, 16).caption for i in range(1500)]))
+    prompts = world_prompts(attribute)
+    assert set(prompts) == set({"organ": ORGANS, "label": LABELS}.get(attribute, ODDS.get(attribute)))
+    assert set(tiny_vocab([t for ts in prompts.values() for t in ts])) <= known
+
+
+def test_attenuation_shows_in_the_clean_drawing():
+    for i in range(20):
+        s = scene(8, i, 112, posterior="shadowing", organ="breast")
+        t = scene(8, i, 112, posterior="enhancement", organ="breast")
+        below = (np.cumsum(s.mask, 0) > 0) & ~s.mask & (np.cumsum(s.mask, 0) >= s.mask.sum(0))
+        assert s.clean()[below].mean() < t.clean()[below].mean()
+
+
+def test_phantom_is_what_its_function_makes(phantom):
+    assert phantom.df.astype(str).equals(phantom_table().astype(str)[list(phantom.df)])
+
+
+@given(st.integers(10, 900), st.integers(10, 900), st.sampled_from([(112, 112), (224, 224), (64, 96)]))
+@settings(max_examples=60, deadline=None)
+def test_letterbox_fits_and_keeps_the_aspect(h, w, size):
+    top, left, bh, bw = fit_box(h, w, size)
+    assert 0 <= top and top + bh <= size[0] and 0 <= left and left + bw <= size[1] and (bh == size[0] or bw == size[1])
+    if min(bh, bw) > 10: assert bw / bh == pytest.approx(w / h, rel=.1)
+
+
+def test_files_letterbox_and_native_round_trip(files):
+    ds = ImageSet(files, 64)
+    wide, tall = ds[0], ds[1]
+    assert wide["image"].shape == (3, 64, 64) and wide["image"].dtype == torch.float32 and 0 <= wide["image"].min() and wide["image"].max() <= 1
+    assert torch.equal(wide["image"][0], wide["image"][2]) and wide["mask"].dtype == torch.int64
+    assert (wide["image"][:, :16] == 0).all() and (tall["image"][:, :, :16] == 0).all()    # padding, not stretching
+    assert tall["mask"].sum() == 0 and not ds.native_mask(1).any()
+    back = ds.to_native(wide["mask"].float(), 0) > .5
+    assert back.shape == (60, 120) and (back.numpy() == ds.native_mask(0)).mean() > .97
+    assert (wide["label"], tall["label"]) == (0, 1) and ds.row(0)["spacing_mm"] is None
+    assert ds.to_native(torch.rand(2, 64, 64), 1).shape == (2, 90, 45)
+
+
+def test_simulated_rows_know_their_spacing(phantom):
+    ds = ImageSet(phantom.split("valid"), 80, progress=False)
+    assert ds.row(0)["spacing_mm"] == pytest.approx(.5)
+    assert torch.equal(ds.to_native(ds[0]["mask"].float(), 0) > .5, torch.from_numpy(ds.native_mask(0)))
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_id(phantom):
+    part = phantom.shots(6, 0).split("train")
+    a, b = (ImageSet(part, 48, augment=True, seed=s, progress=False) for s in (0, 0))
+    b.set_epoch(3); [b[i] for i in range(5)]; a.set_epoch(2); b.set_epoch(2); torch.rand(11)
+    state = torch.get_rng_state()
+    assert all(torch.equal(a[i]["image"], b[i]["image"]) and torch.equal(a[i]["mask"], b[i]["mask"]) for i in range(len(a)))
+    assert torch.equal(state, torch.get_rng_state())     # the caller's generator is left alone
+    b.set_epoch(4)
+    assert any(not torch.equal(a[i]["image"], b[i]["image"]) for i in range(len(a)))
+    plain = ImageSet(part, 48, progress=False)
+    changed = sum(not torch.equal(plain[i]["image"], a[i]["image"]) for a_ in [a] for e in range(20) for i in [0] if a_.set_epoch(e) is None)
+    assert 4 <= changed <= 16      # half of the images
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_image_and_mask_move_together(seed):
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+    mask = np.zeros((64, 64), np.uint8); mask[15:40, 10:50] = 1
+    weak = v2.Compose(augmentation().transforms[1:])
+    torch.manual_seed(seed)
+    im, m = weak(tv_tensors.Image(torch.from_numpy(mask[None] * 255)), tv_tensors.Mask(torch.from_numpy(mask)))
+    assert ((im[0] > 127) == (m > 0)).float().mean() > .97 and set(m.unique().tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize("damage,error,words", [
+    (lambda r: (r / "images/wide.png").unlink(), FileNotFoundError, "wide: image .* is missing"),
+    (lambda r: (r / "images/wide.png").write_text("not an image"), ValueError, "wide: image .* cannot be read as an image"),
+    (lambda r: Image.new("L", (50, 50)).save(r / "masks/wide.png"), ValueError, "mask masks/wide.png is 50 x 50 pixels but the image is 120 x 60")])
+def test_bad_files_are_named(files, damage, error, words):
+    ds = ImageSet(files, 64)
+    damage(files.root)
+    with pytest.raises(error, match=words): ds[0]
+
+
+@pytest.mark.parametrize("call,words", [(lambda: scene(0, 0, shape="square"), "shape='square': one of oval"), (lambda: scene(0, 0, colour="red"), "no attribute 'colour'"),
+                                        (lambda: parse_recipe("sim:1"), "write sim:SEED/INDEX"), (lambda: scene(0, 0, 8), "at least 16")])
+def test_bad_arguments_are_named(call, words):
+    with pytest.raises(ValueError, match=words): call()
+
+
+def test_the_cache_is_whole_or_absent(tmp_path, monkeypatch):
+    monkeypatch.setenv("HTLAB_CACHE", str(tmp_path))
+    first = np.array(draw_scenes(["sim:3/1", "sim:3/2"], 32, progress=False))
+    assert first.shape == (2, 2, 32, 32) and np.array_equal(first, draw_scenes(["sim:3/1", "sim:3/2"], 32, progress=False))
+    assert np.array_equal(first[1, 0], scene(3, 2, 32).bmode())
+    (tmp_path / "full").mkdir()
+    monkeypatch.setenv("HTLAB_CACHE", str(tmp_path / "full"))
+    monkeypatch.setattr(np, "save", lambda f, a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left on device.*HTLAB_CACHE"): draw_scenes(["sim:3/1"], 32, progress=False)
+    assert not [p for p in (tmp_path / "full").rglob("*") if p.is_file()]
