@@ -130,10 +130,14 @@ class Backbone(nn.Module):
                  taps=None           # indices of blocks, rising; None: `taps_default`
                  ) -> list:          # one map (B, D, h, w) per tap, prefix tokens dropped
         "Outputs of the blocks `taps` as maps. Nothing after the last tap is computed."
-        taps = self.taps_default if taps is None else [int(t) for t in taps]
-        if not taps or any(b <= a for a, b in zip(taps, taps[1:])) or taps[0] < 0 or taps[-1] >= self.depth:
-            raise ValueError(f"taps must be rising block indices between 0 and {self.depth - 1}, got {taps}")
-        return list(self._intermediates(self._normalise(x), taps))
+        return list(self._intermediates(self._normalise(x), self.check_taps(taps)))
+
+    def check_taps(self, taps=None) -> list:
+        "The block indices themselves, or `taps_default`; ValueError unless they rise from 0 to depth - 1."
+        taps = self.taps_default if taps is None else list(taps)
+        if not taps or any(int(t) != t for t in taps) or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= self.depth:
+            raise ValueError(f"taps must be rising block indices from 0 to {self.depth - 1}, got {taps}")
+        return taps
 
     def embed_image(self, x: torch.Tensor) -> torch.Tensor:
         "Images (B, 3, H, W) in [0, 1] -> embeddings (B, E) of length one: CLIP's projection, or the pooled token of a tower without text."
@@ -180,7 +184,7 @@ def weights_hash(tower: nn.Module) -> str:
         h.update(v.detach().float().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/api/04_backbone.ipynb #7b52009b
+# %% ../nbs/api/04_backbone.ipynb #d435a6cd
 PAD, UNK, SOT, EOT = '<pad>', '<unk>', '<start_of_text>', '<end_of_text>'
 TINY = dict(embed_dim=128, stem=[32, 64],
             vision_cfg=dict(image_size=112, patch_size=8, width=128, layers=6, head_width=32),
@@ -211,7 +215,7 @@ class tiny_tokenizer:
             row[:len(ids) + 2] = torch.tensor([2, *ids, len(self.vocab) - 1])
         return out
 
-# %% ../nbs/api/04_backbone.ipynb #fa35e192
+# %% ../nbs/api/04_backbone.ipynb #f6e1126c
 def conv_stem(width: int, channels: list) -> nn.Sequential:
     "3 x 3 convolutions of stride 2 in place of one large patch convolution (Xiao et al. 2021, Early Convolutions Help Transformers See Better)."
     steps = zip([3, *channels], channels)
@@ -247,7 +251,7 @@ def save_tiny(model: CLIP,            # from `build_tiny`, trained
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/api/04_backbone.ipynb #0716d970
+# %% ../nbs/api/04_backbone.ipynb #0a57cb53
 ASSET = Path(htlab.__file__).parent / 'assets' / 'tiny.safetensors'
 SUFFIXES = ('.safetensors', '.pt', '.pth', '.bin', '.ckpt')
 
@@ -288,7 +292,7 @@ def _offline(what, e):
     why = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
     return ConnectionError(f"{what} could not be fetched ({why[:140]}): go online once, or give weights=FILE or FOLDER, or weights='random' for an untrained tower")
 
-# %% ../nbs/api/04_backbone.ipynb #b3f0c7f6
+# %% ../nbs/api/04_backbone.ipynb #22d200f8
 def _config(folder, kind=None):
     "-> library and its config; an error if it is not the library `kind`."
     for lib, file, key in (('open_clip', 'open_clip_config.json', 'model_cfg'), ('timm', 'config.json', 'architecture')):
@@ -317,29 +321,30 @@ def _which(name, path):
     near = get_close_matches(name, ['tiny', *timm.list_models(), *open_clip.list_models()], 3, .5)
     raise ValueError(f"unknown backbone '{name}'; nearest: {', '.join(near) or 'tiny'}")
 
-# %% ../nbs/api/04_backbone.ipynb #91032ad7
+# %% ../nbs/api/04_backbone.ipynb #63266754
 TINY_TEXTS = ['ultrasound scan image sonogram of the breast thyroid lymph node prostate showing a benign or malignant lesion mass nodule in with, '
               'oval round irregular lobulated shape circumscribed indistinct spiculated margin not parallel orientation '
               'anechoic hypoechoic isoechoic hyperechoic posterior enhancement shadowing no posterior features calcifications']
 
 def _tiny(arch, weights, path, text, size, seed):
-    if weights == 'random': vocab, cfg, state, meta = tiny_vocab(TINY_TEXTS), deepcopy(TINY), None, dict(mean='0.5', std='0.5', interpolation='bicubic')
+    if weights == 'random':
+        vocab, cfg, meta = tiny_vocab(TINY_TEXTS), deepcopy(TINY), dict(mean='0.5', std='0.5', interpolation='bicubic')
+        state, file = build_tiny(seed, len(vocab)).state_dict(), 'random'
     else:
         path = path or ASSET
         if not path.is_file(): raise FileNotFoundError(f"'{path}' not found: nbs/experiments/tiny.ipynb makes the tiny CLIP (weights='random' for an untrained one)")
         state, meta = _read(path)
         if meta.get('format') != 'htlab-tiny-1': raise ValueError(f"'{path}' is not a tiny CLIP written by save_tiny")
-        vocab, cfg = json.loads(meta['vocab']), json.loads(meta['config'])
+        vocab, cfg, file = json.loads(meta['vocab']), json.loads(meta['config']), path.name
     v = cfg['vision_cfg']
     if size: _divides(size, v['patch_size']); v['image_size'] = size
     model = build_tiny(seed, len(vocab), cfg)
-    if state:
-        resize_pos_embed(state, model)
-        _load(model, state, f"weights '{path.name}'")
+    resize_pos_embed(state, model)
+    _load(model, state, f"weights '{file}'")
     pre = dict(mean=json.loads(meta['mean']), std=json.loads(meta['std']), interpolation=meta['interpolation'])
-    return model if text else model.visual, pre, tiny_tokenizer(vocab, cfg['text_cfg']['context_length']), path.name if state else 'random'
+    return model if text else model.visual, pre, tiny_tokenizer(vocab, cfg['text_cfg']['context_length']), file
 
-# %% ../nbs/api/04_backbone.ipynb #12c6fc06
+# %% ../nbs/api/04_backbone.ipynb #b6692ea5
 def _timm(arch, weights, path, text, size, seed):
     folder = path if path and path.is_dir() else None
     if folder:
@@ -369,7 +374,7 @@ def _timm(arch, weights, path, text, size, seed):
         model.set_input_size(img_size=size)
     return model, cfg, None, weights if weights == 'random' else path.name if path else "timm's own"
 
-# %% ../nbs/api/04_backbone.ipynb #4d134bc0
+# %% ../nbs/api/04_backbone.ipynb #972a67c4
 def _gelu(arch, cfg, trained, what):
     if bool(trained) == bool(cfg.get('quick_gelu')): return
     kind = lambda quick: 'QuickGELU' if quick else 'GELU'
@@ -435,7 +440,7 @@ def _open_clip(arch, weights, path, text, size, seed):
     if size and timm_tower: _divides(size, visual.trunk.patch_embed.patch_size); visual.set_input_size(size)
     return model, pre, tok, 'random' if not file else path.name if path and path.exists() else f"open_clip's '{tag}'"
 
-# %% ../nbs/api/04_backbone.ipynb #f6e1126c
+# %% ../nbs/api/04_backbone.ipynb #fc074d50
 def load_backbone(name: str = 'tiny',       # 'tiny'; a timm ViT or 'timm/...'; an open_clip ViT or 'open_clip/...'; or a folder
                   weights=None,             # a file; a folder with its config; an open_clip tag; 'random'; None: the library's own, from the hub or its cache
                   text: bool = True,        # keep the text tower where there is one

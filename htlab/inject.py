@@ -137,7 +137,10 @@ def _read(path):
     try:
         with safe_open(path, 'pt') as f: state, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e: raise ValueError(f'{path} is not a complete safetensors file ({e})') from None
-    try: header = json.loads(meta['htlab']); return state, *(header[k] for k in ('base', 'hash', 'preprocessing', 'adapter'))
+    try:
+        header = json.loads(meta['htlab'])
+        config = {k: header['adapter'][k] for k in ('op', 'bottleneck', 'blocks', 'dropout', 'init')}
+        return state, header['base'], header['hash'], dict(header['preprocessing']), config
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} has no header of save_adapters ({e!r})') from None
 
 def load_adapters(
@@ -153,7 +156,7 @@ def load_adapters(
     if name != backbone.name: raise ValueError(f'{path.name} is for base {name!r}; this is {backbone.name!r} with the same weights: if the architecture is the same too, set backbone.name = {name!r}')
     differ = [f'{k} {pre.get(k)}, here {v}' for k, v in _preprocessing(backbone).items() if k != 'size' and pre.get(k) != v]
     if differ: raise ValueError(f'{path.name} was made with another preprocessing: {"; ".join(differ)}')
-    new, on = _build(backbone, **{k: config.get(k) for k in ('op', 'bottleneck', 'blocks', 'dropout', 'init')}), adapters(backbone)
+    new, on = _build(backbone, **config), adapters(backbone)
     here = {i: (a.config['op'], a.config['bottleneck']) for i, a in on.items()}
     if on and here != {i: (a.config['op'], a.config['bottleneck']) for i, a in new.items()}:
         raise ValueError(f'{path.name} holds {config["op"]} adapters (bottleneck {config["bottleneck"]}, blocks {config["blocks"]}), unlike those in {backbone.name!r}: call remove_adapters first')

@@ -222,12 +222,20 @@ def test_adding_inside_disabled_is_refused_and_undone():
     with disabled(b), disabled(b): assert not adapters(b)
     assert adapters(b) == kept
 
-def test_mode_set_while_disabled_reaches_the_adapters():
+def test_mode_and_device_set_while_disabled_reach_the_adapters():
     b = adapted()
     b.train()
     assert all(a.training for a in adapters(b).values()) and not any(w.base.training for w in b.blocks)
     with disabled(b): b.eval()
     assert not any(a.training for a in adapters(b).values())
+    with disabled(b): b.to('meta')
+    assert all(p.is_meta for p in trainable(b))
+
+def test_adding_freezes_the_base():
+    b = tower()
+    b.requires_grad_(True)
+    add_adapters(b, blocks=[1])
+    assert {id(p) for p in trainable(b)} == {id(p) for p in adapters(b)[1].parameters()}
 
 def test_load_refuses(tmp_path):
     a = adapted(blocks=[0, 2])
