@@ -152,6 +152,8 @@ class Backbone(nn.Module):
         if not texts: raise ValueError('embed_text needs at least one sentence')
         return self.model.encode_text(self.tokenizer(texts).to(self._mean.device), normalize=True)
 
+    def __repr__(self): return f"Backbone('{self.name}', {self.size[0]} x {self.size[1]} px, {self.depth} blocks of {self.prefix} + {self.grid[0]} x {self.grid[1]} tokens, width {self.width})"
+
     def _repr_html_(self):
         n = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
         rows = {'image': f'{self.size[0]} × {self.size[1]}, mean {_short(self.mean)}, std {_short(self.std)}, {self.interpolation}',
@@ -290,7 +292,7 @@ def _divides(size, patch):
 
 def _offline(what, e):
     why = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
-    return ConnectionError(f"{what} could not be fetched ({why[:140]}): go online once, or give weights=FILE or FOLDER, or weights='random' for an untrained tower")
+    return ConnectionError(f"{what} could not be fetched ({why.split('. ')[0][:140]}): go online once, or give weights=FILE or FOLDER, or weights='random' for an untrained tower")
 
 # %% ../nbs/api/04_backbone.ipynb #22d200f8
 def _config(folder, kind=None):
@@ -346,12 +348,14 @@ def _tiny(arch, weights, path, text, size, seed):
 
 # %% ../nbs/api/04_backbone.ipynb #b6692ea5
 def _timm(arch, weights, path, text, size, seed):
-    folder = path if path and path.is_dir() else None
+    folder, tagged = path if path and path.is_dir() else None, arch
     if folder:
-        held = _config(folder, 'timm')[1]['architecture']
-        if arch and arch.split('.')[0] != held: raise ValueError(f"folder '{folder}' holds {held}, not {arch}")
-        arch = held
+        c = _config(folder, 'timm')[1]
+        if arch and arch.split('.')[0] != c['architecture']: raise ValueError(f"folder '{folder}' holds {c['architecture']}, not {arch}")
+        arch, tagged = c['architecture'], f"{c['architecture']}.{c.get('pretrained_cfg', {}).get('tag', '')}".rstrip('.')
     if not timm.is_model(arch.split('.')[0]): raise ValueError(f"timm knows no model '{arch}'")
+    if weights != 'random' and 'natively QuickGELU' in str(getattr(timm.get_pretrained_cfg(tagged), 'notes', '')):
+        raise ValueError(f"'{tagged}': weights trained with QuickGELU, and this model computes GELU (silently wrong numbers): take '{tagged.replace('_clip_', '_clip_quickgelu_')}'")
     try: model = timm.create_model(f'local-dir:{folder}' if folder else arch, pretrained=weights is None, num_classes=0)
     except Exception as e:
         if weights is None: raise _offline(f"timm's weights of '{arch}'", e) from None
@@ -359,8 +363,6 @@ def _timm(arch, weights, path, text, size, seed):
     cfg = model.pretrained_cfg
     if not all(hasattr(model, a) for a in ('blocks', 'patch_embed', 'set_input_size', 'num_prefix_tokens')):
         raise ValueError(f"timm '{arch}' is not a plain vision transformer: take a ViT such as vit_tiny_patch16_224")
-    if 'natively QuickGELU' in str(cfg.get('notes')) and weights != 'random':
-        raise ValueError(f"'{arch}': weights trained with QuickGELU, and this model computes GELU (silently wrong numbers): take '{arch.replace('_clip_', '_clip_quickgelu_')}'")
     if path:
         file = _weights_in(folder) if folder else path
         state, meta = _read(file)
