@@ -7,13 +7,16 @@ __all__ = ['PAD', 'UNK', 'SOT', 'EOT', 'TINY', 'Backbone', 'weights_hash', 'tiny
            'build_tiny', 'save_tiny', 'load_backbone']
 
 # %% ../nbs/api/04_backbone.ipynb #77de68da
-import hashlib, json, os, sys
+import hashlib, json, os, socket, sys
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import open_clip
 import timm
@@ -23,8 +26,9 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP, _build_vision_tower, convert_to_custom_text_state_dict, resize_pos_embed
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg
+from huggingface_hub import constants as hub
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 import htlab
@@ -247,9 +251,9 @@ def save_tiny(model: CLIP,            # from `build_tiny`, trained
     path = Path(path)
     meta = dict(format='htlab-tiny-1', config=json.dumps(config or TINY), vocab=json.dumps(vocab), mean='0.5', std='0.5',
                 interpolation='bicubic', recipe=json.dumps(recipe or {}))
-    tmp = path.with_name(path.name + '.tmp')
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        save_file({k: v.detach().to('cpu', dtype).contiguous() for k, v in model.state_dict().items()}, tmp, metadata=meta)
+        tmp.write_bytes(save({k: v.detach().to('cpu', dtype).contiguous() for k, v in model.state_dict().items()}, meta))
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
@@ -289,6 +293,16 @@ def _load(model, state, what):
 def _divides(size, patch):
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if any(s % p for s, p in zip(size, patch)): raise ValueError(f'size {size[0]} x {size[1]} is not a multiple of the patch {patch[0]} x {patch[1]}')
+
+@contextmanager
+def _fetch():
+    "Let a library fetch weights; from the hub's cache alone if the hub's name cannot be resolved (it would retry for a minute)."
+    was = hub.HF_HUB_OFFLINE
+    try:
+        if not getproxies(): socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
+    except OSError: hub.HF_HUB_OFFLINE = True
+    try: yield
+    finally: hub.HF_HUB_OFFLINE = was
 
 def _offline(what, e):
     why = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
@@ -356,7 +370,8 @@ def _timm(arch, weights, path, text, size, seed):
     if not timm.is_model(arch.split('.')[0]): raise ValueError(f"timm knows no model '{arch}'")
     if weights != 'random' and 'natively QuickGELU' in str(getattr(timm.get_pretrained_cfg(tagged), 'notes', '')):
         raise ValueError(f"'{tagged}': weights trained with QuickGELU, and this model computes GELU (silently wrong numbers): take '{tagged.replace('_clip_', '_clip_quickgelu_')}'")
-    try: model = timm.create_model(f'local-dir:{folder}' if folder else arch, pretrained=weights is None, num_classes=0)
+    try:
+        with _fetch() if weights is None else nullcontext(): model = timm.create_model(f'local-dir:{folder}' if folder else arch, pretrained=weights is None, num_classes=0)
     except Exception as e:
         if weights is None: raise _offline(f"timm's weights of '{arch}'", e) from None
         raise ValueError(f"timm cannot build '{folder or arch}': {str(e).splitlines()[0][:140]}") from None
@@ -420,7 +435,8 @@ def _open_clip(arch, weights, path, text, size, seed):
         _gelu(arch, cfg, tags[tag].get('quick_gelu'), f"weights '{tag}':")
         pre = pre | {k: tags[tag][k] for k in ('mean', 'std', 'interpolation')}
         if weights in (None, tag):
-            try: file = Path(open_clip.download_pretrained(tags[tag]))
+            try:
+                with _fetch(): file = Path(open_clip.download_pretrained(tags[tag]))
             except Exception as e: raise _offline(f"open_clip's weights '{tag}' of '{arch}'", e) from None
     state = _read(file)[0] if file else None
     if state and 'input_resolution' in state: _gelu(arch, cfg, True, f"OpenAI's weights '{file.name}':")

@@ -236,7 +236,7 @@ def summarise(
 
 def _policy(cases):
     "The policy of each case, as text (a csv reads 'nan' as a missing value)."
-    return cases['policy'].fillna('nan').astype(str) if 'policy' in cases else pd.Series('unknown policy', cases.index)
+    return cases['policy'].astype(object).fillna('nan') if 'policy' in cases else pd.Series('unknown policy', cases.index)
 
 def _check(cases):
     "A clear error for a frame that cannot be summarised."

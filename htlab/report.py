@@ -127,7 +127,10 @@ def environment() -> dict:  # versions, commit, dirty, machine
         try: return subprocess.run(["git", "-C", str(Path(htlab.__file__).resolve().parent), *a], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError): return None
     status = git("status", "--porcelain")
-    return dict(versions=versions, commit=git("rev-parse", "HEAD"), dirty=None if status is None else bool(status), platform=platform.platform(), cpus=os.cpu_count())
+    torch = sys.modules.get("torch")  # not imported for this: what did not load it did not use it
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch and torch.cuda.is_available() else []
+    return dict(versions=versions, commit=git("rev-parse", "HEAD"), dirty=None if status is None else bool(status), platform=platform.platform(),
+                processor=platform.processor() or platform.machine(), cpus=os.cpu_count(), gpus=gpus)
 
 class Run:
     "The notebook's side of a run: facts, figures, looks at the test split, and saving."
@@ -188,6 +191,7 @@ class Run:
         self.log(card=found)
         return f"**Images**: {manifest.name}, {len(manifest)} rows. " + (" ".join(f"**{h}**: {t}" for h, t in found.items()) or "Its card names neither licence nor citation.")
 
+    def __repr__(self): return f"Run({'a temporary folder' if self._tmp else self.folder.name})"
     def _repr_html_(self): return f"<p>Results go to <code>{html.escape('a temporary folder' if self._tmp else self.folder.name)}</code>.</p>"
 
 # %% ../nbs/api/13_report.ipynb #0716d970
@@ -284,7 +288,7 @@ def _terminal(stream):
     class Out:
         def write(self, text):
             with contextlib.suppress(OSError, ValueError):  # a closed pipe must not end a training
-                stream.write(text if stream.isatty() else "".join(l for l in text.splitlines(True) if "\r" not in l and "%|" not in l))
+                stream.write(text if stream.isatty() else "".join(l for l in text.splitlines(True) if l.strip() and "\r" not in l and "%|" not in l))
         def flush(self):
             with contextlib.suppress(OSError, ValueError): stream.flush()
     return Out()
@@ -314,7 +318,7 @@ def _papermill(template: Path, out: Path, params: dict, progress: bool):
             papermill.execute_notebook(str(template), str(out), parameters=params, kernel_name="python3", language="python", progress_bar=False,
                                        kernel_manager_class=ThisPython, on_cell_start=starts, **kw)
         except papermill.PapermillExecutionError as e:
-            said = re.sub(r"\s+", " ", e.evalue).strip() or e.ename
+            said = (e.evalue.strip() or e.ename).splitlines()[0]
             raise RunFailed(f"{said} [{e.ename} in cell {e.exec_count}; the traceback is in {out}]") from None
         except Exception as e:
             if type(e).__name__ != "DeadKernelError": raise

@@ -188,6 +188,7 @@ def show_curves(history,  # data frame: one row per step
             for c, color in zip(group, COLORS * len(group)):
                 ok = history[c].notna()
                 ax.plot(np.asarray(xs[ok]), np.asarray(history[c][ok], float), color=color, marker="o" if ok.sum() < 40 else None, ms=4, label=c)
+            if (np.asarray(xs, float) % 1 == 0).all(): ax.xaxis.get_major_locator().set_params(integer=True)  # there is no epoch 1.5
             ax.set_xlabel(x or ""); ax.legend(frameon=False); ax.grid(alpha=.25)
         if title: fig.suptitle(title)
     return fig

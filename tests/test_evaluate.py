@@ -12,6 +12,8 @@ from htlab.evaluate import (_auroc, _statistic, auroc_score, case_metrics, dice_
                             summarise)
 
 torch.set_num_threads(1)
+settings.register_profile('untimed')
+settings.load_profile('untimed')
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 14))
 masks = shapes.flatmap(lambda s: arrays(bool, s))
 pairs = shapes.flatmap(lambda s: st.tuples(arrays(bool, s), arrays(bool, s)))
@@ -47,9 +49,9 @@ def test_translation(pair, down, right):
     padded = [np.pad(p, 1) for p in pair]                   # away from the rim, which is part of a contour
     moved = [np.pad(p, ((1 + down, 6 - down), (1 + right, 6 - right))) for p in pair]
     wide = [np.pad(p, ((1, 6), (1, 6))) for p in pair]
-    assert case_metrics(*moved) == case_metrics(*wide)
-    a, b = case_metrics(*padded), case_metrics(*wide)
-    if all(p.any() for p in pair): assert a == pytest.approx(b, nan_ok=True)
+    a, b = case_metrics(*padded, 1), case_metrics(*wide, 1)
+    assert case_metrics(*moved, 1) == b
+    if all(p.any() for p in pair): assert a == b            # a wider frame changes nothing but the diagonal
 
 @given(pairs, st.floats(1e-3, 10))
 def test_millimetres(pair, mm):
@@ -70,7 +72,8 @@ def test_single_pixels_by_hand():
     m = case_metrics(a, b, .5)
     assert m['hd95'] == m['asd'] == 5 and m['hd95_mm'] == 2.5 and m['dice'] == 0
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@settings(max_examples=60)
 @given(pairs, st.floats(.05, 3))
 def test_monai_agrees(pair, mm):
     "Our KD-trees and MONAI's surface distances are the same numbers, where both masks have a contour."
@@ -202,7 +205,7 @@ def classes(n, c, seed=0, groups=None, decimals=2):
     frame = pd.DataFrame(dict(id=[f'i{i}' for i in range(n)], group=rng.integers(0, groups or n, n).astype(str), label=np.array(list('abcdef'))[y], y=y))
     return frame.assign(**{f'p_{k}': p[:, k] for k in range(c)}, pred=p.argmax(1))
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(n=st.integers(2, 40), c=st.integers(2, 4), decimals=st.integers(0, 4), seed=st.integers(0, 999))
 def test_sklearn_agrees_also_on_resamples(n, c, decimals, seed):
     "AUROC (ties!), F1 and accuracy under weights are sklearn's on the repeated rows."
@@ -293,7 +296,7 @@ def two(seed=0, groups=25, each=1, effect=.3):
     return a.assign(dice=a.dice + effect + .5 * rng.standard_normal(len(a))), a
 
 @given(seed=st.integers(0, 99))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_wilcoxon_is_scipy_s_and_order_does_not_matter(seed):
     a, b = two(seed)
     r = paired(a, b, 'dice', n_boot=100)

@@ -7,6 +7,10 @@ from conftest import ROOT
 
 # Long pages and templates run with these instead of their own numbers; the stored outputs come from their own.
 SMOKE = {
+    "experiments/segment": dict(limit=4, epochs=1),
+    "experiments/classify": dict(limit=4, epochs=1),
+    "experiments/demo": dict(limit=16, pair_epochs=1, epochs=1, frozen_epochs=1),
+    "experiments/tiny": dict(images=256, check=40, dial_images=0, out=""),
 }
 
 ORDER = ["api", "lessons", "experiments"]

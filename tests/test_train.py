@@ -14,6 +14,8 @@ from torch import nn
 from htlab.train import TrainConfig, batches, cosine_lr, fit, load_best, param_groups, seed_everything
 
 torch.set_num_threads(1)
+settings.register_profile('untimed')
+settings.load_profile('untimed')
 
 
 class Data:
@@ -190,7 +192,7 @@ def test_orders_differ_by_epoch_and_seed():
     orders = {str(batches(30, TrainConfig(seed=s), e)) for s in range(3) for e in range(1, 4)}
     assert len(orders) == 9
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(n=st.integers(3, 30), b=st.integers(1, 6), k=st.integers(2, 4))
 def test_accumulation_is_a_larger_batch(tmp_path_factory, n, b, k):
     "Also where the last update is smaller and the last batch not full."
@@ -329,7 +331,7 @@ def test_nothing_to_do_is_refused(tmp_path):
         with pytest.raises(ValueError) as e: fit(Toy(), train, valid, CONFIG, tmp_path, progress=False)
         line(e, name)
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(where=st.floats(0, 1, exclude_max=True), cut=st.booleans())
 def test_damaged_checkpoint(tmp_path_factory, alone, where, cut):
     "Cut or flipped anywhere: a clear error, or (a flip in padding) no difference at all."

@@ -1,0 +1,278 @@
+"""A run folder is complete or absent, its name is its configuration, and what cannot be compared is not compared."""
+import json, os, re, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import BIN, ROOT
+from filelock import FileLock
+from hypothesis import given, strategies as st
+
+from htlab import report
+from htlab.report import REQUIRED, Run, RunFailed, RunFolder, check_parameters, compare, execute, external, find_run, find_template, plan, to_html
+
+CODE = """import sys, numpy as np, pandas as pd
+from htlab.report import Run
+run = Run(run_dir)
+sys.stderr.write("\\r 50%|#####     | 1/2 [00:01<00:01, 1.0it/s]\\r100%|##########| 2/2\\nlook here\\n")
+if fail: raise ValueError("told to fail\\nsecond line")
+run.log(executable=sys.executable)
+cases = pd.DataFrame({"id": ["a", "b"], "group": [1, 2], "dice": [value, .5]})
+run.save(cases, pd.DataFrame({"epoch": [1], "loss": [.1]}), {"dice": {"value": cases.dice.mean(), "lo": 0., "hi": 1., "n": 2, "groups": 2, "policy": "diagonal"}})"""
+DEFAULTS = "value = .7\nseed = 0\nfail = False\nname = 'x'\nrun_dir = ''"
+
+
+def template(path, code=CODE, defaults=DEFAULTS):
+    cell = nbformat.v4.new_code_cell
+    meta = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(metadata=meta, cells=[nbformat.v4.new_markdown_cell("# Toy"), cell(defaults, metadata={"tags": ["parameters"]}), cell(code)]), path)
+    return path
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return template(tmp_path / "toy.ipynb")
+
+
+def finished(runs="runs"): return sorted(p.name for p in Path(runs).iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+# parameters
+
+@given(value=st.floats(-1e6, 1e6), seed=st.integers(-10**6, 10**6), fail=st.booleans(), name=st.text(st.characters(codec="ascii", categories=["L", "N"]), max_size=9))
+def test_values_typed_as_text_or_given_as_python_are_the_same(tmp_path_factory, value, seed, fail, name):
+    path = tmp_path_factory.getbasetemp() / "typed.ipynb"
+    if not path.exists(): template(path)
+    given = dict(value=value, seed=seed, fail=fail, name=name)
+    a, b = check_parameters(path, given), check_parameters(path, {k: str(v) for k, v in given.items()})
+    assert a == b == given | {"run_dir": ""} and [type(v) for v in a.values()] == [float, int, bool, str, str]
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ({"vlaue": 1}, "unknown parameter 'vlaue'; did you mean 'value'"), ({"zzz": 1}, "toy has value, seed, fail, name$"), ({"run_dir": "x"}, "unknown parameter 'run_dir'"),
+    ({"seed": "1.5"}, "seed='1.5': expected a whole number"), ({"seed": True}, "whole number"), ({"seed": ""}, "whole number"), ({"value": "nan"}, "finite number"),
+    ({"value": True}, "finite"), ({"fail": "2"}, "true or false"), ({"fail": None}, "true or false"), ({"name": 3}, "expected text")])
+def test_wrong_parameters_are_refused_in_one_line(toy, wrong, says):
+    with pytest.raises(ValueError, match=says) as e: check_parameters(toy, wrong)
+    assert "\n" not in str(e.value)
+
+
+def test_templates_are_found_and_checked(toy, tmp_path):
+    assert find_template("segment").name == "segment.ipynb"
+    with pytest.raises(FileNotFoundError, match="did you mean 'classify'"): find_template("clasify")
+    with pytest.raises(FileNotFoundError, match="no such notebook"): find_template("absent.ipynb")
+    for text, says in [("not json", "is not a notebook"), (nbformat.writes(nbformat.v4.new_notebook()), "no cell tagged 'parameters'")]:
+        (tmp_path / "bad.ipynb").write_text(text)
+        with pytest.raises(ValueError, match=says): check_parameters("bad.ipynb", {})
+    with pytest.raises(ValueError, match="only lines like"): check_parameters(template(tmp_path / "f.ipynb", defaults="x = f()"), {})
+    with pytest.raises(ValueError, match="no parameter run_dir"): plan(template(tmp_path / "g.ipynb", defaults="x = 1"))
+    for name in ("segment", "classify"):  # what the command line promises
+        p = report.template_parameters(name)
+        assert {"manifest", "classes", "backbone", "weights", "adapter", "shots", "seed", "epochs", "size", "device", "precision", "limit", "run_dir"} <= set(p)
+
+
+# the name
+
+def test_the_name_is_the_configuration(toy, tmp_path):
+    name = plan(toy)["name"]
+    assert re.fullmatch(r"[0-9a-f]{8}-toy-s0", name) and plan(toy, {"value": "0.70"})["name"] == name
+    assert len({name, plan(toy, {"value": .71})["name"], plan(toy, {"seed": 1})["name"], plan(toy, {"name": "y"})["name"]}) == 4
+    nb = nbformat.read(toy, 4); nb.cells[0].source = "# other words"; nbformat.write(nb, toy)
+    assert plan(toy)["name"] == name, "prose decides nothing"
+    assert plan(template(toy, CODE + "\n1"))["name"] != name, "code does"
+    old = plan(template(toy, defaults=DEFAULTS + "\nweights = 'w.bin'"))["name"]
+    Path("w.bin").write_bytes(b"weights"); new = plan(toy)["name"]; Path("w.bin").write_bytes(b"weightz")
+    assert len({old, new, plan(toy)["name"]}) == 3, "other weights, another run"
+
+
+def test_data_and_split_are_part_of_the_name(toy):
+    template(toy, defaults=DEFAULTS + "\nmanifest = 'm.csv'")
+    head = "id,image,mask,label,group,split,sha256,width,height\n"
+    rows = [f"{i},sim:1/{i},,{'benign' if i % 2 else 'malignant'},g{i},{s},{i:064x},0,0\n" for i, s in enumerate(["train", "train", "valid", "test"])]
+    Path("m.csv").write_text(head + "".join(rows)); a = plan(toy)
+    Path("m.csv").write_text(head + "".join(reversed(rows))); assert plan(toy)["hash"] == a["hash"], "the order of the rows decides nothing"
+    Path("m.csv").write_text(head + "".join(rows).replace("test", "train")); b = plan(toy)
+    Path("m.csv").write_text(head + "".join(rows[:3])); c = plan(toy)
+    assert a["split_hash"] != b["split_hash"] and a["data_hash"] == b["data_hash"] != c["data_hash"] and len({p["hash"] for p in (a, b, c)}) == 3
+    assert a["name"].endswith("-toy-m-s0")
+
+
+# complete or absent
+
+def test_a_run_is_made_found_again_and_made_anew(toy, monkeypatch):
+    # a kernel called python3 that is another Python must not be taken
+    spec = Path("jupyter/kernels/python3"); spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(Path("jupyter").resolve())); monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    a = execute(toy, {"value": .9}, progress=False)
+    assert not a.found and sorted(REQUIRED) == sorted(p.name for p in a.path.iterdir()) and finished() == [a.name]
+    assert a.config["executable"] == sys.executable and a.metrics["dice"]["value"] == pytest.approx(.7) and list(a.cases.id) == ["a", "b"]
+    for k in ("versions", "commit", "dirty", "parameters", "hash", "data_hash", "split_hash", "timings", "platform"): assert k in a.config
+    assert a.config["versions"]["torch"] and a.config["parameters"] == {"value": .9, "seed": 0, "fail": False, "name": "x"}
+    assert "0.700 [0.000, 1.000]" in a._repr_html_()
+    text = (a.path / "notebook.ipynb").read_text()
+    assert "look here" in text and "%|" not in text, "bars go, warnings stay"
+    assert not external((a.path / "report.html").read_text())
+    born = (a.path / "config.json").stat().st_mtime_ns
+    b = execute(str(toy), {"value": "0.90"}, progress=False)
+    assert b.found and b.path == a.path and (b.path / "config.json").stat().st_mtime_ns == born
+    (a.path / "mark").touch()
+    c = execute(toy, {"value": .9}, again=True, progress=False)
+    assert not c.found and c.path == a.path and not (c.path / "mark").exists() and finished() == [a.name]
+    assert not list(Path("runs/.partial").glob("*/")), "nothing is left in work"
+
+
+def test_a_failed_run_is_no_run(toy):
+    with pytest.raises(RunFailed, match="^told to fail .ValueError in cell") as e: execute(toy, {"fail": True}, progress=False)
+    assert "\n" not in str(e.value) and finished() == []
+    work = Path(re.search(r"runs/\.partial/\S+?\.ipynb", str(e.value).replace(os.sep, "/"))[0])
+    assert "told to fail" in work.read_text(), "the traceback is kept"
+    with pytest.raises(FileNotFoundError): find_run(work.parent.name)
+    with pytest.raises(RunFailed, match="without writing config.json"): execute(template(toy, "pass"), progress=False)
+    with pytest.raises(RunFailed, match="process died"): execute(template(toy, "import os; os.kill(os.getpid(), 9)"), progress=False)
+    assert finished() == []
+
+
+def test_two_processes_do_not_run_the_same_cell(toy):
+    name = plan(toy)["name"]
+    Path("runs/.partial").mkdir(parents=True)
+    with FileLock(f"runs/.partial/{name}.lock"):
+        with pytest.raises(RuntimeError, match="being run by another process"): execute(toy, progress=False)
+    assert finished() == []
+
+
+def fake(name, dice, split="s1", ids=None, **config):
+    path = Path("runs") / name; path.mkdir(parents=True)
+    ids = ids or [f"c{i}" for i in range(len(dice))]
+    pd.DataFrame({"id": ids, "group": ids, "label": "benign", "dice": dice, "policy": "diagonal"}).to_csv(path / "cases.csv", index=False)
+    (path / "history.csv").write_text("epoch\n1\n"); (path / "notebook.ipynb").write_text("{}"); (path / "report.html").write_text("")
+    (path / "config.json").write_text(json.dumps({"template": "segment", "parameters": {"adapter": name, "seed": 0}, "split_hash": split} | config))
+    (path / "metrics.json").write_text(json.dumps({"dice": {"value": float(np.mean(dice)), "lo": 0., "hi": 1., "n": len(dice), "groups": len(dice), "policy": "diagonal"}}))
+    return path
+
+
+@pytest.mark.parametrize("file", REQUIRED)
+def test_a_folder_that_lacks_a_file_is_no_run(tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    path = fake("whole", [.5, .6])
+    assert RunFolder(path).metrics["dice"]["n"] == 2
+    shutil.copytree(path, "runs/.partial/whole2")
+    with pytest.raises(ValueError, match="in work"): RunFolder("runs/.partial/whole2")
+    (path / file).unlink()
+    with pytest.raises(ValueError, match=f"lacks {file}"): RunFolder(path)
+
+
+def test_runs_are_found_by_the_beginning_of_their_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake("abc-one", [.5]); fake("abd-two", [.5])
+    assert find_run("abc").name == find_run("runs/abc-one").name == "abc-one"
+    with pytest.raises(FileNotFoundError, match="beginning of 2 runs"): find_run("ab")
+    for odd in ("x", "../runs", "*", ""):
+        with pytest.raises((FileNotFoundError, ValueError)): find_run(odd)
+
+
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old")
+    def full(fd): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"): report._write(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_by_hand_leaves_nothing_and_json_has_no_nan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run()
+    run.log(a=np.float32(1), b=Path("x"), c=(np.int64(1), np.nan), d=np.arange(2))
+    run.save(pd.DataFrame({"id": ["a"]}), pd.DataFrame({"epoch": [1]}), {"hd95": {"value": np.inf}})
+    folder = run.folder
+    got = json.loads((folder / "config.json").read_text(), parse_constant=lambda c: pytest.fail(c))
+    assert (got["a"], got["b"], got["c"], got["d"]) == (1, "x", [1, None], [0, 1])
+    del run
+    assert not folder.exists() and not list(tmp_path.iterdir())
+
+
+def test_each_look_at_the_test_split_is_a_line(tmp_path):
+    class M: name, split_hash = "m", "h1"
+    class N: name, split_hash = "n", "h2"
+    looks = [Run(tmp_path / f"runs/.partial/r{i}").look(m) for i, m in enumerate([M, M, N, M])]
+    lines = (tmp_path / "runs/test_looks.csv").read_text().splitlines()
+    assert looks == [1, 2, 1, 3] and lines[0] == "time,run,manifest,split_hash" and len(lines) == 5
+
+
+# compare
+
+def test_paired_differences_are_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a = np.random.default_rng(0).uniform(.2, .8, 30)
+    one, two = fake("one", a), fake("two", a + .1)
+    shuffled = fake("three", (a - .05)[::-1], ids=[f"c{i}" for i in range(30)][::-1])
+    both = compare(one, two, shuffled)
+    d = both.paired.set_index("run")["difference [95 % interval]"]
+    assert d["two"] == "+0.100 [+0.100, +0.100]" and d["three"] == "-0.050 [-0.050, -0.050]" and not both.notes
+    assert (both.paired.p.astype(float) < 1e-5).all() and list(both.paired.pairs) == [30, 30] and set(both.paired.test) == {"wilcoxon"}
+    assert list(both.table.columns) == ["adapter", "test cases", "dice"], "only what differs, and the metrics"
+    page = both.save("deep/compare.html").read_text()
+    assert not external(page) and "+0.100" in page and "base64" in page
+    assert "+0.100" in str(both) and "+0.100" in both._repr_html_()
+
+
+@pytest.mark.parametrize("other, says", [(dict(split="s2"), "different splits"), (dict(ids=list("abc")), r"different cases \(0 in common of 3 and 3\)")])
+def test_what_is_not_the_same_is_not_paired(tmp_path, monkeypatch, other, says):
+    monkeypatch.chdir(tmp_path)
+    both = compare(fake("one", [.1, .2, .3]), fake("two", [.2, .3, .4], **other))
+    assert both.paired.empty and len(both.table) == 2 and re.search(says, both.notes[0]) and re.search(says, str(both)) and re.search(says, both._repr_html_())
+
+
+def test_commits_are_noted_and_one_run_is_not_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = fake("one", [.1, .2], commit="a", dirty=False)
+    notes = compare(one, fake("two", [.1, .2], commit="b", dirty=True)).notes
+    assert "different versions or commits" in notes[0] and "uncommitted changes" in notes[1]
+    with pytest.raises(ValueError, match="twice"): compare(one, one)
+    with pytest.raises(ValueError, match="two runs"): compare(one)
+
+
+# the page
+
+@pytest.mark.parametrize("text, loads", [
+    ('<script src="https://a/b.js"></script>', 1), ("<link rel=stylesheet href=//a/b.css>", 1), ('<img alt="" src=\'http://a/b.png\'>', 1), ("<style>@import url(https://a/b.css)</style>", 1),
+    ('<p style="background:url(https://a)">', 1), ('<a href="https://doi.org/x">x</a>', 0), ('<img src="data:image/png;base64,AAAA">', 0), ("<p>see https://doi.org/x</p>", 0)])
+def test_loads_from_elsewhere_are_seen(text, loads): assert len(external(text)) == loads
+
+
+def test_a_report_that_loads_something_is_refused():
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("![x](https://elsewhere.example/x.png)")])
+    with pytest.raises(ValueError, match="elsewhere.example"): to_html(nb, "x")
+
+
+# killed
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_killed_in_mid_training_and_started_again_is_the_same(tmp_path):
+    "The whole command, on a small phantom: SIGKILL after some epochs, then again; the metrics are those of a run left alone."
+    words = [str(BIN / "htlab"), "run", str(ROOT / "nbs/experiments/segment.ipynb")] + [w for p in
+             ("manifest=small.csv", "limit=4", "epochs=30", "batch_size=4", "head_width=16", "bottleneck=8", "validate_every=5") for w in ("-p", p)]
+    table = pd.read_csv(ROOT / "data_manifests/phantom.csv", dtype=str, keep_default_na=False)
+    table.groupby(["split", "label"]).head(4).to_csv(tmp_path / "small.csv", index=False)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    kw = dict(cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen([*words, "--runs", "killed"], **kw)
+    deadline = time.time() + 300
+    while time.time() < deadline and first.poll() is None:
+        h = list((tmp_path / "killed").glob(".partial/*/history.csv"))
+        if h and h[0].read_text().count("\n") > 3: break
+        time.sleep(.02)
+    assert first.poll() is None, first.communicate()
+    first.send_signal(signal.SIGKILL); first.communicate()
+    assert not [p for p in (tmp_path / "killed").iterdir() if p.is_dir() and p.name != ".partial"]
+    again = subprocess.run([*words, "--runs", "killed"], **kw)
+    alone = subprocess.run([*words, "--runs", "alone"], **kw)
+    assert again.returncode == alone.returncode == 0, again.stderr + alone.stderr
+    assert "goes on from its checkpoint" in again.stderr and "goes on" not in alone.stderr
+    (a,), (b,) = ([p for p in (tmp_path / d).iterdir() if p.is_dir() and p.name != ".partial"] for d in ("killed", "alone"))
+    assert a.name == b.name
+    for f in ("metrics.json", "cases.csv", "adapter.safetensors", "task.safetensors"): assert (a / f).read_bytes() == (b / f).read_bytes(), f
+    assert pd.read_csv(a / "history.csv").drop(columns="seconds").equals(pd.read_csv(b / "history.csv").drop(columns="seconds"))
