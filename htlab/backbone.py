@@ -7,7 +7,7 @@ __all__ = ['PAD', 'UNK', 'SOT', 'EOT', 'TINY', 'Backbone', 'weights_hash', 'tiny
            'build_tiny', 'save_tiny', 'load_backbone']
 
 # %% ../nbs/api/04_backbone.ipynb #77de68da
-import hashlib, json, os, socket, sys
+import hashlib, json, os, socket, sys, warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from difflib import get_close_matches
@@ -271,7 +271,8 @@ def _read(path):
         if path.suffix == '.safetensors':
             with safe_open(path, 'pt') as f: meta = f.metadata() or {}
             state = load_file(path)
-        else: state = torch.load(path, map_location='cpu', weights_only=True)
+        else:
+            with warnings.catch_warnings(action='ignore'): state = torch.load(path, map_location='cpu', weights_only=True)      # warns of TorchScript before it raises
     except Exception as e:      # zip, pickle, safetensors and TorchScript each raise a kind of their own
         why = 'a TorchScript archive' if 'TorchScript' in str(e) else (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise ValueError(f"weights file '{path}' cannot be read as plain tensors ({why}): save the model's state dict as .safetensors") from None
@@ -326,14 +327,14 @@ def _weights_in(folder):
             if (folder / (stem + s)).is_file(): return folder / (stem + s)
     raise FileNotFoundError(f"folder '{folder}' has a config but no weights (model.safetensors, open_clip_model.safetensors, pytorch_model.bin ...)")
 
+def _known(name): return 'tiny' if name == 'tiny' else 'timm' if timm.is_model(name.split('.')[0]) else 'open_clip' if name in open_clip.list_models() else None
+
 def _which(name, path):
     "-> library, architecture ('' where the folder says it)."
     lib, _, arch = name.partition('/')
     if name in ('', 'timm', 'open_clip') and path and path.is_dir(): return _config(path, name or None)[0], ''
     if lib in ('timm', 'open_clip') and arch: return lib, arch
-    if name == 'tiny': return 'tiny', name
-    if timm.is_model(name.split('.')[0]): return 'timm', name
-    if name in open_clip.list_models(): return 'open_clip', name
+    if _known(name): return _known(name), name
     near = get_close_matches(name, ['tiny', *timm.list_models(), *open_clip.list_models()], 3, .5)
     raise ValueError(f"unknown backbone '{name}'; nearest: {', '.join(near) or 'tiny'}")
 
@@ -472,15 +473,16 @@ def load_backbone(name: str = 'tiny',       # 'tiny'; a timm ViT or 'timm/...'; 
     Mismatches (keys, shapes, architecture, QuickGELU, size) raise ValueError; absent files FileNotFoundError;
     weights that cannot be fetched ConnectionError, with the remedy.
     """
-    if weights is None and Path(name).is_dir(): name, weights = '', name
+    name, weights = str(name), weights or None
+    if weights is None and Path(name).is_dir() and not _known(name): name, weights = '', name
     if size is not None:
         size = (size, size) if isinstance(size, int) else tuple(int(s) for s in size)
         if len(size) != 2 or min(size) < 1: raise ValueError(f'size must be one positive number or (H, W), got {size}')
-    path = None if weights in (None, 'random') else Path(weights)
+    path = None if weights in (None, 'random') else Path(weights).expanduser()
     lib, arch = _which(name, path)
     if path and not path.exists() and (lib != 'open_clip' or path.suffix in SUFFIXES or len(path.parts) > 1): raise FileNotFoundError(f"weights '{weights}' not found")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, pre, tok, source = dict(tiny=_tiny, timm=_timm, open_clip=_open_clip)[lib](arch, weights, path, text, size, seed)
     given = dict(mean=mean, std=std, interpolation=interpolation)
-    return Backbone(model, name or path.name, **{k: pre[k] if v is None else v for k, v in given.items()}, tokenizer=tok if text else None, source=source)
+    return Backbone(model, arch or pre.get('architecture') or path.name, **{k: pre[k] if v is None else v for k, v in given.items()}, tokenizer=tok if text else None, source=source)

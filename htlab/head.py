@@ -64,7 +64,7 @@ class ClassifyHead(_Taps):
     def forward(self, maps: list) -> torch.Tensor:   # (B, C)
         return self.readout(self.dropout(self.mix(maps).mean((1, 2))))
 
-# %% ../nbs/api/07_head.ipynb #f1abd670
+# %% ../nbs/api/07_head.ipynb #1574bddb
 def from_released(state: dict      # `reduces.*`, `blocks.*` and `seg_head.*` or `cls_head.*`, as released; or a task checkpoint with these as sub-dicts
                   ) -> nn.Module:  # SegmentHead or ClassifyHead of the right widths, in eval mode
     "A head from the released code's own names (github jinggqu/NextGen-UIA)."
@@ -84,7 +84,7 @@ def from_released(state: dict      # `reduces.*`, `blocks.*` and `seg_head.*` or
     except RuntimeError as e: raise ValueError('released head does not fit: ' + ' '.join(str(e).split())[:300]) from None
     return head.eval()
 
-# %% ../nbs/api/07_head.ipynb #9e6a55b6
+# %% ../nbs/api/07_head.ipynb #b3f0c7f6
 class LinearHead(nn.Module):
     "Embedding of length one (B, E) -> logits (B, C): entries scaled to order one, then one linear layer, zero at the start (all classes alike)."
     def __init__(self,
@@ -97,7 +97,7 @@ class LinearHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return self.readout(x * self.scale)
 
-# %% ../nbs/api/07_head.ipynb #472b07b9
+# %% ../nbs/api/07_head.ipynb #12c6fc06
 _PHRASES = dict(
     benign=['a benign lesion with oval shape and circumscribed margin', 'a benign mass with round shape, circumscribed margin', 'an oval benign nodule with parallel orientation',
             'a benign mass with circumscribed margin, posterior enhancement', 'a benign anechoic lesion with posterior enhancement', 'a benign nodule with no calcifications, circumscribed margin',

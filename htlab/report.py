@@ -73,7 +73,7 @@ def _sha(*parts) -> str:
 def _weights_hash(p: dict) -> str:
     "Hash of the weights as far as it is known before anything is loaded: the files given, or those of the embedded model."
     name = p.get("weights") or p.get("backbone") or "none"
-    w = next(f for f in (Path(name), Path(htlab.__file__).parent / "assets" / f"{name}.safetensors") if f.exists() or f.parent.name == "assets")
+    w = Path(name) if Path(name).exists() else Path(htlab.__file__).parent / "assets" / f"{name}.safetensors"
     files = [w] if w.is_file() else sorted(f for f in w.rglob("*") if f.is_file()) if w.is_dir() else []
     h = hashlib.sha256()
     for f in files:
@@ -94,7 +94,8 @@ def plan(template: str | Path,  # name or path
     if p.get("manifest"):
         from htlab.manifest import Manifest
         m = Manifest.load(p["manifest"]); out |= dict(data_hash=m.data_hash, split_hash=m.split_hash)
-    out["hash"] = _sha(json.dumps(out, sort_keys=True), *code)
+    here = out["weights_hash"] and p.get("weights")  # files are known by what is in them, wherever they lie
+    out["hash"] = _sha(json.dumps(out | ({"parameters": p | {"weights": ""}} if here else {}), sort_keys=True), *code)
     parts = [path.stem, Path(p.get("manifest", "")).stem, p.get("adapter", ""), f"s{p['seed']}" if "seed" in p else ""]
     out["name"] = "-".join([out["hash"][:8]] + [re.sub(r"[^\w.+]+", "_", x) for x in parts if x])
     return out

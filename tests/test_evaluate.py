@@ -12,8 +12,6 @@ from htlab.evaluate import (_auroc, _statistic, auroc_score, case_metrics, dice_
                             summarise)
 
 torch.set_num_threads(1)
-settings.register_profile('untimed')
-settings.load_profile('untimed')
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 14))
 masks = shapes.flatmap(lambda s: arrays(bool, s))
 pairs = shapes.flatmap(lambda s: st.tuples(arrays(bool, s), arrays(bool, s)))

@@ -14,8 +14,6 @@ from torch import nn
 from htlab.train import TrainConfig, batches, cosine_lr, fit, load_best, param_groups, seed_everything
 
 torch.set_num_threads(1)
-settings.register_profile('untimed')
-settings.load_profile('untimed')
 
 
 class Data:
