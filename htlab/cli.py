@@ -6,7 +6,7 @@
 __all__ = ['Usage', 'parse_assignments', 'parser', 'main']
 
 # %% ../nbs/api/16_cli.ipynb #77de68da
-import argparse, contextlib, difflib, os, sys, warnings
+import argparse, contextlib, difflib, errno, os, sys, warnings
 from pathlib import Path
 
 # %% ../nbs/api/16_cli.ipynb #c1dfd96e
@@ -117,6 +117,7 @@ def _version(args=None):
 
 # %% ../nbs/api/16_cli.ipynb #17ba0791
 def _one_line(e: BaseException) -> str:
+    if isinstance(e, OSError) and e.errno == errno.ENOSPC and not e.filename: return "no space left on the disk; make room and give the same command again, nothing half-made counts as finished"
     if isinstance(e, OSError) and e.strerror: return f"{e.strerror}{f': {e.filename}' if e.filename else ''}"
     said = next((l.strip() for l in str(e).splitlines() if l.strip()), "")
     return said if said and isinstance(e, (ValueError, OSError, RuntimeError)) else f"{type(e).__name__}: {said}"

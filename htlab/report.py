@@ -284,12 +284,16 @@ def to_html(nb, title: str) -> str:  # an executed notebook (nbformat); the page
 class RunFailed(RuntimeError):
     "A cell of a template raised; the message is the cell's own."
 
-def _terminal(stream):
-    "A stream for the notebook's progress: as it is on a terminal; in a log file only whole lines, no redrawn bars."
+def _terminal(stream, every=30):
+    "A stream for the notebook's progress: as it is on a terminal; in a log file whole lines, and the bar every so many seconds."
     class Out:
+        last = time.monotonic()
         def write(self, text):
-            with contextlib.suppress(OSError, ValueError):  # a closed pipe must not end a training
-                stream.write(text if stream.isatty() else "".join(l for l in text.splitlines(True) if l.strip() and "\r" not in l and "%|" not in l))
+            if not stream.isatty():
+                bar = text.strip() if "%|" in text else ""
+                text = "".join(l for l in text.splitlines(True) if l.strip() and "\r" not in l and "%|" not in l)
+                if bar and time.monotonic() - self.last > every: text, self.last = bar.rsplit("\r", 1)[-1] + "\n", time.monotonic()
+            with contextlib.suppress(OSError, ValueError): stream.write(text)  # a closed pipe must not end a training
         def flush(self):
             with contextlib.suppress(OSError, ValueError): stream.flush()
     return Out()
@@ -302,7 +306,7 @@ def _papermill(template: Path, out: Path, params: dict, progress: bool):
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     class ThisPython(AsyncKernelManager):
-        kernel_spec = property(lambda self: KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"], language="python",
+        kernel_spec = property(lambda self: KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"], language="python",
             display_name="this Python", env={"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore::FutureWarning"}))
     source, headings, last = _read_notebook(template), {}, [""]
     for i, c in enumerate(source.cells):
