@@ -428,7 +428,7 @@ def draw_scenes(
             os.replace(aside, path)
         except OSError as e:
             aside.unlink(missing_ok=True)
-            raise OSError(f"cannot write the scene cache {path} ({e.strerror}): free some space, or set HTLAB_CACHE to another folder") from None
+            raise OSError(f"cannot write the scene cache {path} ({e.strerror or e}): free some space, or set HTLAB_CACHE to another folder") from None
     return np.load(path, mmap_mode="r")
 
 

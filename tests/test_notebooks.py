@@ -7,10 +7,11 @@ from conftest import ROOT
 
 # Long pages and templates run with these instead of their own numbers; the stored outputs come from their own.
 SMOKE = {
+    "lessons/00_adapt_clip": dict(scenes=40, pairs=10, epochs=1),
     "experiments/segment": dict(limit=4, epochs=1),
     "experiments/classify": dict(limit=4, epochs=1),
     "experiments/demo": dict(limit=16, pair_epochs=1, epochs=1, frozen_epochs=1),
-    "experiments/tiny": dict(images=256, check=40, dial_images=0, out=""),
+    "experiments/tiny": dict(images=128, check=40, dial_images=0, out=""),
 }
 
 ORDER = ["api", "lessons", "experiments"]
