@@ -165,13 +165,13 @@ class Run:
         return fig
 
     def look(self, manifest) -> int:  # how many looks at this test split there were, this one included
-        "Count a look at the test split: one line more in runs/test_looks.csv, before the split is read."
+        "Count a look at the manifest's test split: one line more in runs/test_looks.csv, before the split is read."
         self.runs.mkdir(parents=True, exist_ok=True)
-        path, name = self.runs / "test_looks.csv", self.config.get("name", "by hand")
-        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')},{name},{manifest.name},{manifest.split_hash}\n"
+        path, test = self.runs / "test_looks.csv", manifest.split("test").split_hash
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')},{self.config.get('name', 'by hand')},{manifest.name},{test}\n"
         with open(path, "a", encoding="utf-8") as f: f.write(line if f.tell() else "time,run,manifest,split_hash\n" + line)
-        looks = int((pd.read_csv(path, dtype=str).split_hash == manifest.split_hash).sum())
-        self.log(test_look=looks)
+        looks = int((pd.read_csv(path, dtype=str).split_hash == test).sum())
+        self.log(test_look=looks, test_hash=test)
         return looks
 
     def save(self, cases: pd.DataFrame,  # one row per case
@@ -401,12 +401,13 @@ class Comparison:
         if metric is None: return None
         return show_intervals([r.name for r in self.runs], *([r.metrics[metric][k] for r in self.runs] for k in ("value", "lo", "hi")), xlabel=f"{metric}, 95 % interval")
 
-    def _parts(self): return [("", self.table), (f"differences from {self.runs[0].name}, case by case", self.paired)] if len(self.paired) else [("", self.table)]
     def __str__(self):
-        return "\n\n".join([f"{h}\n{t.to_string()}".strip() for h, t in self._parts()] + [f"note: {n}" for n in self.notes])
+        pairs = [f"differences from {self.runs[0].name}, case by case\n{self.paired.to_string(index=False)}"] if len(self.paired) else []
+        return "\n\n".join([self.table.T.to_string(), *pairs, *(f"note: {n}" for n in self.notes)])
     __repr__ = __str__
     def _repr_html_(self):
-        return "".join(f"<h4>{html.escape(h)}</h4>{t.to_html()}" for h, t in self._parts()) + "".join(f"<p><b>Note:</b> {html.escape(n)}</p>" for n in self.notes)
+        pairs = f"<h4>differences from {html.escape(self.runs[0].name)}, case by case</h4>{self.paired.to_html(index=False)}" if len(self.paired) else ""
+        return self.table.T.to_html() + pairs + "".join(f"<p><b>Note:</b> {html.escape(n)}</p>" for n in self.notes)
 
     def save(self, path: str | Path) -> Path:  # of the .html
         "Write the comparison as one self-contained page."
@@ -432,8 +433,9 @@ def compare(*runs) -> Comparison:  # two run folders or more, or their paths; th
     first, rows, notes = runs[0], [], []
     for r in runs[1:]:
         a, b = first.cases, r.cases
-        if r.config.get("split_hash") != first.config.get("split_hash"):
-            notes.append(f"{r.name} and {first.name} read different splits ({str(r.config.get('split_hash'))[:8]} and {str(first.config.get('split_hash'))[:8]}): their numbers stand side by side, but no paired statistics are possible")
+        mine, its = (c.config.get("test_hash") or c.config.get("split_hash") for c in (r, first))  # fewer shots leave the test split as it was
+        if mine != its:
+            notes.append(f"{r.name} and {first.name} read different test splits ({str(mine)[:8]} and {str(its)[:8]}): their numbers stand side by side, but no paired statistics are possible")
         elif set(a.id) != set(b.id):
             notes.append(f"{r.name} and {first.name} were tested on different cases ({len(set(a.id) & set(b.id))} in common of {len(a)} and {len(b)}): no paired statistics")
         else:

@@ -13,6 +13,7 @@ from hypothesis import given, strategies as st
 from safetensors.numpy import load_file
 
 from htlab import report
+from htlab.manifest import Manifest
 from htlab.report import REQUIRED, Run, RunFailed, RunFolder, check_parameters, compare, execute, external, find_run, find_template, plan, to_html
 
 CODE = """import sys, numpy as np, pandas as pd
@@ -197,9 +198,10 @@ def test_a_run_by_hand_leaves_nothing_and_json_has_no_nan(tmp_path, monkeypatch)
 
 
 def test_each_look_at_the_test_split_is_a_line(tmp_path):
-    class M: name, split_hash = "m", "h1"
-    class N: name, split_hash = "n", "h2"
-    looks = [Run(tmp_path / f"runs/.partial/r{i}").look(m) for i, m in enumerate([M, M, N, M])]
+    table = pd.DataFrame({"id": list("abcd"), "image": [f"sim:1/{i}" for i in range(4)], "mask": "", "label": "benign", "group": list("abcd"), "split": ["train", "valid", "test", "test"],
+                          "sha256": [f"{i:064x}" for i in range(4)], "width": 0, "height": 0})
+    m, less, n = Manifest(table, "m"), Manifest(table[1:], "m"), Manifest(table[:3], "n")
+    looks = [Run(tmp_path / f"runs/.partial/r{i}").look(x) for i, x in enumerate([m, less, n, m.split("test")])]  # fewer training images: the same test split
     lines = (tmp_path / "runs/test_looks.csv").read_text().splitlines()
     assert looks == [1, 2, 1, 3] and lines[0] == "time,run,manifest,split_hash" and len(lines) == 5
 
@@ -221,7 +223,7 @@ def test_paired_differences_are_the_known_ones(tmp_path, monkeypatch):
     assert "+0.100" in str(both) and "+0.100" in both._repr_html_()
 
 
-@pytest.mark.parametrize("other, says", [(dict(split="s2"), "different splits"), (dict(ids=list("abc")), r"different cases \(0 in common of 3 and 3\)")])
+@pytest.mark.parametrize("other, says", [(dict(split="s2"), "different test splits"), (dict(ids=list("abc")), r"different cases \(0 in common of 3 and 3\)")])
 def test_what_is_not_the_same_is_not_paired(tmp_path, monkeypatch, other, says):
     monkeypatch.chdir(tmp_path)
     both = compare(fake("one", [.1, .2, .3]), fake("two", [.2, .3, .4], **other))
@@ -261,7 +263,7 @@ def test_killed_in_mid_training_and_started_again_is_the_same(tmp_path):
     table.groupby(["split", "label"]).head(4).to_csv(tmp_path / "small.csv", index=False)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     kw = dict(cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first = subprocess.Popen([*words, "--runs", "killed"], **kw)
+    alone, first = (subprocess.Popen([*words, "--runs", d], **kw) for d in ("alone", "killed"))  # side by side: time is not measured
     deadline = time.time() + 300
     while time.time() < deadline and first.poll() is None:
         h = list((tmp_path / "killed").glob(".partial/*/history.csv"))
@@ -274,9 +276,9 @@ def test_killed_in_mid_training_and_started_again_is_the_same(tmp_path):
     assert len(pd.read_csv(h[0])) < 20, "killed in the middle, not after the end"
     assert not [p for p in (tmp_path / "killed").iterdir() if p.is_dir() and p.name != ".partial"]
     again = subprocess.run([*words, "--runs", "killed"], **kw)
-    alone = subprocess.run([*words, "--runs", "alone"], **kw)
-    assert again.returncode == alone.returncode == 0, again.stderr + alone.stderr
-    assert "goes on from its checkpoint" in again.stderr and "goes on" not in alone.stderr
+    said = alone.communicate()[1]
+    assert again.returncode == alone.returncode == 0, again.stderr + said
+    assert "goes on from its checkpoint" in again.stderr and "goes on" not in said
     (a,), (b,) = ([p for p in (tmp_path / d).iterdir() if p.is_dir() and p.name != ".partial"] for d in ("killed", "alone"))
     assert a.name == b.name
     for f in ("metrics.json", "cases.csv"): assert (a / f).read_bytes() == (b / f).read_bytes(), f
