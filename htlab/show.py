@@ -15,6 +15,11 @@ TRUE, PRED = "#00e676", "#ff9100"   # green: what is there; orange: what was pre
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # Okabe & Ito 2008, safe for colour-blind readers
 _STYLE = {"font.size": 12, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2}
 
+def _styled(more: dict | None = None):
+    "Our fonts and lines for the figure drawn inside `with`."
+    plt.draw_if_interactive()  # loads the backend now: first loaded inside rc_context, Jupyter's would lose its interactive flag and show no later figure
+    return plt.rc_context(_STYLE | (more or {}))
+
 def _array(a, what: str = "image") -> np.ndarray:
     "Any array or torch tensor (also on a GPU, also with a gradient) as numpy."
     if hasattr(a, "detach"): a = a.detach().cpu().float() if "bfloat16" in str(a.dtype) else a.detach().cpu()
@@ -50,7 +55,7 @@ def show_image(img,  # (H,W) or (H,W,3) or (3,H,W); floats in 0..1 or integers i
                ax=None):  # draw into these axes and return them; without: a new figure, returned
     "Draw one image on the fixed grey scale 0..1 with the true and the predicted contour."
     a = _image(img)
-    with plt.rc_context(_STYLE):
+    with _styled():
         fig = None
         if ax is None: fig, ax = plt.subplots(figsize=(3.2, 3.2 * min(1.6, a.shape[0] / a.shape[1]) + .35), dpi=80)
         try:
@@ -82,7 +87,7 @@ def show_row(imgs,  # images as in `show_image`
     cols = min(cols or n, n); rows = -(-n // cols)
     ratio = max(min(1.6, (a := _image(i)).shape[0] / a.shape[1]) for i in imgs)
     lines = max([0] + [str(t).count("\n") + 1 for t in titles if t])
-    with plt.rc_context(_STYLE | {"axes.titlesize": 11}):
+    with _styled({"axes.titlesize": 11}):
         fig, axes = plt.subplots(rows, cols, figsize=(width, rows * (width / cols * ratio + .22 * lines)), dpi=80, squeeze=False, layout="constrained")
         plt.close(fig)
         for ax in axes.flat[n:]: ax.axis("off")
@@ -96,7 +101,7 @@ def show_spectrum(power_db,  # (H,W) power in dB with zero frequency in the midd
                   limits: tuple | None = None,  # (low, high) dB; None: the data's own
                   ax=None):  # axes to draw into; without: a new figure, returned
     "Draw a power spectrum in dB: a map for two dimensions, lines for one."
-    with plt.rc_context(_STYLE):
+    with _styled():
         fig = None
         if ax is None: fig, ax = plt.subplots(figsize=(4, 3), dpi=80); plt.close(fig)
         lines = power_db if isinstance(power_db, dict) else {"": power_db}
@@ -126,7 +131,7 @@ def show_scatter(xy,  # (N,2) points
     if xy.ndim != 2 or xy.shape[1] != 2: raise ValueError(f"xy has shape {xy.shape}; expected (N, 2)")
     labels = np.asarray([""] * len(xy) if labels is None else [str(l) for l in labels])
     if len(labels) != len(xy): raise ValueError(f"{len(labels)} labels for {len(xy)} points")
-    with plt.rc_context(_STYLE):
+    with _styled():
         fig = None
         if ax is None: fig, ax = plt.subplots(figsize=(4.2, 3.2), dpi=80); plt.close(fig)
         for i, l in enumerate(dict.fromkeys(labels)):
@@ -149,7 +154,7 @@ def show_heat(values,  # (R,C) numbers
     if v.ndim != 2: raise ValueError(f"values have shape {v.shape}; expected (R, C)")
     for names, n, what in [(rows, v.shape[0], "rows"), (cols, v.shape[1], "cols")]:
         if names is not None and len(names) != n: raise ValueError(f"{len(names)} names for {n} {what}")
-    with plt.rc_context(_STYLE):
+    with _styled():
         fig = None
         if ax is None: fig, ax = plt.subplots(figsize=(1.8 + .75 * v.shape[1], 1.2 + .5 * v.shape[0]), dpi=80); plt.close(fig)
         im = ax.imshow(v, cmap="Blues", vmin=limits and limits[0], vmax=limits and limits[1], aspect="auto")
@@ -182,7 +187,7 @@ def show_curves(history,  # data frame: one row per step
     if not y or not all(y): raise ValueError("no columns to draw")
     for c in (c for g in y for c in g):
         if c not in history: raise ValueError(f"no column {c!r}; the table has {', '.join(map(str, history))}")
-    with plt.rc_context(_STYLE):
+    with _styled():
         fig, axes = plt.subplots(1, len(y), figsize=(width, height), dpi=80, squeeze=False, layout="constrained"); plt.close(fig)
         for ax, group in zip(axes[0], y):
             for c, color in zip(group, COLORS * len(group)):
@@ -204,7 +209,7 @@ def show_intervals(names,  # K names, drawn from top to bottom
     "Draw estimates as points with their intervals as bars."
     value, lo, hi = (_array(a, "intervals").astype(float) for a in (value, lo, hi))
     if not len(names) == len(value) == len(lo) == len(hi): raise ValueError(f"{len(names)} names for {len(value)} values, {len(lo)} lower and {len(hi)} upper ends")
-    with plt.rc_context(_STYLE):
+    with _styled():
         fig = None
         if ax is None: fig, ax = plt.subplots(figsize=(7, .7 + .45 * len(names)), dpi=80, layout="constrained"); plt.close(fig)
         at = np.arange(len(names))

@@ -1,4 +1,6 @@
 """What is drawn is what was handed over."""
+import os
+
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -75,3 +77,16 @@ def test_rows_curves_and_numbers_arrive():
 def test_needs_no_torch():
     code = "import sys, htlab.show; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_later_figures_still_show_in_a_notebook():
+    "A figure drawn with plain pyplot after one of ours must appear: the backend may not be loaded inside our style"
+    import nbformat
+    from nbclient import NotebookClient
+    cells = ["import numpy as np, matplotlib.pyplot as plt\nfrom htlab.show import show_row", "show_row([np.zeros((8, 8))])", "plt.plot([1, 2]);"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    before = os.environ.pop("MPLBACKEND", None)
+    try: NotebookClient(nb, timeout=120, kernel_name="python3").execute()
+    finally:
+        if before: os.environ["MPLBACKEND"] = before
+    assert all(any("image/png" in o.get("data", {}) for o in c.outputs) for c in nb.cells[1:])
