@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['WORLD', 'FIELD_MM', 'ORGANS', 'LABELS', 'ODDS', 'TEMPLATES', 'PHRASES', 'draw_attributes', 'Scene', 'scene',
            'caption', 'world_prompts', 'fit_box', 'augmentation', 'ImageSet', 'draw_scenes', 'parse_recipe',
-           'phantom_table']
+           'clean_caption', 'phantom_table']
 
-# %% ../nbs/api/03_dataset.ipynb #da4b9237
+# %% ../nbs/api/03_dataset.ipynb #e2aabad0
 import hashlib
+import html
 import os
+import re
+import unicodedata
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +23,7 @@ import pandas as pd
 from .manifest import Manifest, assign_splits
 from .speckle import SCANNERS, Scanner, attenuation_db, bmode
 
-# %% ../nbs/api/03_dataset.ipynb #ac3478d6
+# %% ../nbs/api/03_dataset.ipynb #d8c8c5f3
 WORLD = 1  # raise when a change alters any drawn pixel: it is part of every recipe, hash and cache key
 FIELD_MM = 40.0  # width and depth of every scene, mm
 
@@ -42,7 +45,7 @@ def draw_attributes(rng: np.random.Generator) -> dict[str, str]:
     out = {"organ": ORGANS[rng.integers(len(ORGANS))], "label": LABELS[label]}
     return out | {name: list(odds)[rng.choice(len(odds), p=[p[label] for p in odds.values()])] for name, odds in ODDS.items()}
 
-# %% ../nbs/api/03_dataset.ipynb #0ade7c2c
+# %% ../nbs/api/03_dataset.ipynb #bb4ff16a
 @lru_cache(maxsize=64)
 def _enlarge(size, cells):
     "(size, cells) matrix that enlarges a grid of noise smoothly and keeps its variance"
@@ -170,7 +173,7 @@ def _outline(rng, a):
             radius = radius * (1 + rng.uniform(.15, .4) * np.exp(-away / rng.uniform(.06, .12)))
     return radius.astype(np.float32)
 
-# %% ../nbs/api/03_dataset.ipynb #b1d57811
+# %% ../nbs/api/03_dataset.ipynb #09d2654d
 @dataclass
 class Scene:
     "One simulated examination: tissue, lesion, words. Draw it with `bmode()` (ultrasound) or `clean()` (no acoustics)"
@@ -283,7 +286,7 @@ def world_prompts(
     places = {v: (v,) if attribute == "organ" else ORGANS for v in values[attribute]}
     return {v: [t.format(organ=o, what=w) for o in places[v] for w in what(v) for t in TEMPLATES[:5]] for v in values[attribute]}
 
-# %% ../nbs/api/03_dataset.ipynb #b3f0c7f6
+# %% ../nbs/api/03_dataset.ipynb #e581df39
 import torch
 from joblib import Parallel, delayed
 from PIL import Image
@@ -293,7 +296,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-# %% ../nbs/api/03_dataset.ipynb #91032ad7
+# %% ../nbs/api/03_dataset.ipynb #f39c8332
 def fit_box(
     height: int, width: int,  # native size
     size: tuple[int, int],  # target (height, width)
@@ -398,14 +401,14 @@ class ImageSet(torch.utils.data.Dataset):
         return (f"<p><b>{self.manifest.name}</b>: {len(self)} images at {self.size[0]} x {self.size[1]}, "
                 f"{', '.join(f'{n} {c}' for c, n in counts.items())}{', augmented' if self.augment else ''}{', clean' if self.clean else ''}</p>")
 
-# %% ../nbs/api/03_dataset.ipynb #472b07b9
+# %% ../nbs/api/03_dataset.ipynb #b0e8fe71
 def _read_grey(manifest, row, column):
     path = Path(manifest.root) / row[column]
     try: return np.asarray(Image.open(path).convert("L"))
     except FileNotFoundError: raise FileNotFoundError(f"{row['id']}: {column} {path} is missing: import the data set again, or take the row out of the manifest") from None
     except (OSError, SyntaxError) as e: raise ValueError(f"{row['id']}: {column} {path} cannot be read as an image ({type(e).__name__}): replace the file") from None
 
-# %% ../nbs/api/03_dataset.ipynb #d435a6cd
+# %% ../nbs/api/03_dataset.ipynb #83c427ce
 def draw_scenes(
     recipes: list[str],  # `sim:SEED/INDEX`
     size: int,  # pixels along each side
@@ -438,12 +441,38 @@ def parse_recipe(recipe: str) -> tuple[int, int]:  # seed, index
     except ValueError: raise ValueError(f"{recipe!r} is no simulated scene: write sim:SEED/INDEX, e.g. sim:1/17") from None
     return seed, index
 
-# %% ../nbs/api/03_dataset.ipynb #4d134bc0
+# %% ../nbs/api/03_dataset.ipynb #74e27015
 def _draw(seeds, size, clean):
     scenes = [scene(seed, index, size) for seed, index in seeds]
     return np.stack([np.stack([s.clean() if clean else s.bmode(), s.mask.astype(np.uint8)]) for s in scenes])
 
-# %% ../nbs/api/03_dataset.ipynb #887309d0
+# %% ../nbs/api/03_dataset.ipynb #6874b011
+_SEVERAL = r"(?:\s*(?:[-–—,&/]|and|to)\s*%s)*"
+_FIGURE = r"(?:supplementary\s+|suppl?\.?\s*)?(?:figures?|figs?|images?|videos?|tables?)\b\.?\s*s?\d{1,3}(?!\d|\s?(?:[cm]m|mhz|x)\b)(?:\s?[a-h]\b)?" + _SEVERAL % r"(?:s?\d{1,3}\s?[a-h]?\b|[a-h]\b)"
+_CLEAN = [(re.compile(a, re.I if flags else 0), b) for a, b, flags in (
+    (r"</?(?:b|i|u|a|em|strong|sub|sup|span|bold|italic)\b[^<>]*>", "", 1), (r"</?[a-z!][^<>]*>", " ", 1),                        # markup inside a word, then any
+    (r"\b(?:https?://|www\.|doi:\s*10\.)\S+", "", 1),
+    (r"\[\d{1,3}" + _SEVERAL % r"\d{1,3}" + r"\]", "", 0),                                                                    # [3], [1, 4-6]
+    (r"\((?:[^()]*\bet al\b[^()]*|[A-Z][^()]*, (?:19|20)\d\d[a-z]?)\)", "", 0),                                              # (Smith et al., 2019)
+    (r"\((?:see(?: also)?\s+)?" + _FIGURE + r"\)|\b(?:as (?:shown|seen) in|see(?: also)?)\s+" + _FIGURE + r"[,:]?|^\W*" + _FIGURE + r"\s*[.:,|)]*|\b" + _FIGURE, "", 1),
+    (r"\(\s*[a-h]" + _SEVERAL % "[a-h]" + r"\s*\)", "", 1), (r"(?:^|(?<=[.;:] ))[a-h]" + _SEVERAL % "[a-h]" + r"[):]\s|^[A-H]\.\s", "", 1),   # panels: (A), b), C:
+    (r"\((?:\w+ )?(?:arrows?|arrowheads?|asterisks?|stars?|\*)\)", "", 1),
+    (r"\(\s*[,;.]?\s*\)|\[\s*\]", "", 0), (r"\s+([,;:.)])", r"\1", 0), (r"[,;:]+([,;:.])", r"\1", 0), (r"^[\s,;:.)|–—-]+|[\s,;:(|–—-]+$", "", 0), (r"\s+", " ", 0))]   # what that leaves behind
+
+# %% ../nbs/api/03_dataset.ipynb #21cb3ba1
+def clean_caption(
+    text: str,  # a caption as published; None and NaN are none
+    min_chars: int = 20,  # one with not more characters than that says too little
+) -> str:  # the caption, or '' when too short
+    "What a caption says about the image: no figure and panel numbers, citations, addresses, markup, entities, control characters, runs of blanks"
+    if not isinstance(text, str): return ""
+    while True:
+        was, text = text, unicodedata.normalize("NFKC", html.unescape(text))
+        text = "".join(" " if c.isspace() or unicodedata.category(c) == "Cc" else c for c in text if unicodedata.category(c) not in ("Cf", "Co", "Cn", "Cs"))
+        for find, put in _CLEAN: text = find.sub(put, text)
+        if text == was: return text if len(text) > min_chars else ""
+
+# %% ../nbs/api/03_dataset.ipynb #88ef0cbc
 def phantom_table(n: int = 1000, seed: int = 1, fractions: tuple = (.6, .1, .3)) -> pd.DataFrame:
     "The rows of a simulated data set: scenes 0 to n-1 of a world, split by label"
     scenes = [scene(seed, i, 16) for i in range(n)]

@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'COLUMNS', 'SCHEMA', 'IMPORTABLE', 'RECEIPT', 'MAX_FILES', 
            'ManifestError', 'check_table', 'read_table', 'find_manifest', 'assign_splits', 'data_home', 'check_files',
            'Manifest', 'measure', 'union_mask', 'import_busi']
 
-# %% ../nbs/api/02_manifest.ipynb #77de68da
+# %% ../nbs/api/02_manifest.ipynb #b7425957
 import csv, difflib, errno, io, json, math, numbers, os, re, shutil, stat, zipfile, zlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ import platformdirs
 from PIL import Image
 from tqdm.auto import tqdm
 
-# %% ../nbs/api/02_manifest.ipynb #fe5dbbce
+# %% ../nbs/api/02_manifest.ipynb #d1309d5c
 SPLITS = ("train", "valid", "test")
 COLUMNS = ["id", "image", "mask", "label", "group", "split", "sha256", "width", "height"]
 _SIM = re.compile(r"sim:\d+/\d+")
@@ -64,7 +64,7 @@ SCHEMA = pa.DataFrameSchema({
     _wide("mask", lambda d: ~d["mask"].str.startswith("sim:") | d["mask"].eq(d.image), "belongs to another simulated image", "leave it empty or repeat the image"),
 ])
 
-# %% ../nbs/api/02_manifest.ipynb #0ade7c2c
+# %% ../nbs/api/02_manifest.ipynb #21f0fd6f
 class ManifestError(ValueError):
     "A table with mistakes: the first one in the first line, up to twenty in all. `.lines` has every one."
     def __init__(self, lines):
@@ -100,7 +100,7 @@ def check_table(
     if "spacing_mm" in df: number["spacing_mm"] = pd.to_numeric(df.spacing_mm.replace("", "nan")).astype(float)
     return df.assign(**number)
 
-# %% ../nbs/api/02_manifest.ipynb #bd307a3e
+# %% ../nbs/api/02_manifest.ipynb #713229de
 def read_table(
     path, # a csv in UTF-8, separated by commas
 ) -> pd.DataFrame: # all fields as text, not yet checked
@@ -133,7 +133,7 @@ def find_manifest(
     raise FileNotFoundError(f"no manifest '{name_or_csv}'; " + (f"did you mean '{near[0]}'? " if near else "") +
                             f"known: {', '.join(known) or 'none'}; or give the path of a csv")
 
-# %% ../nbs/api/02_manifest.ipynb #1574bddb
+# %% ../nbs/api/02_manifest.ipynb #108fc505
 def _lot(seed, name): return sha256(f"{seed}/{name}".encode()).hexdigest() # a random number that no library version changes
 
 def assign_splits(
@@ -151,7 +151,7 @@ def assign_splits(
     side = np.searchsorted(np.cumsum(fractions)[:2], middle, side="right")
     return df.group.map(dict(zip(beads.group, np.array(SPLITS)[side]))).rename("split")
 
-# %% ../nbs/api/02_manifest.ipynb #b3f0c7f6
+# %% ../nbs/api/02_manifest.ipynb #28378c59
 def data_home() -> Path:
     "Where imported images live: the folder in HTLAB_DATA, else the user's data folder."
     return Path(os.environ.get("HTLAB_DATA") or platformdirs.user_data_dir("htlab", appauthor=False)).expanduser()
@@ -175,7 +175,7 @@ def check_files(df: pd.DataFrame, root, file: str = "table"):
     lines = [_line(file, df, i, f, p) for i, r in real for f in ("image", "mask") if r[f] and (p := _file_problem(Path(root) / r[f], (r["width"], r["height"])))]
     if lines: raise ManifestError(lines)
 
-# %% ../nbs/api/02_manifest.ipynb #91032ad7
+# %% ../nbs/api/02_manifest.ipynb #65ed8cbc
 @dataclass(eq=False, repr=False)
 class Manifest:
     "A data set as a checked table. `Manifest(df)` checks the table; `Manifest.load` also finds it and looks for its files."
@@ -221,16 +221,18 @@ class Manifest:
         if name not in SPLITS: raise ValueError(f"unknown split '{name}'; use one of {', '.join(SPLITS)}")
         return self._keep(self.df.split.eq(name), f"in split '{name}'")
 
+    def _is(self, column, values): # which rows have one of these values there
+        if column not in self.df: raise ValueError(f"{self.name}: no column '{column}'; columns: {', '.join(self.df)}")
+        have, values = self.df[column].map(_text), [_text(v) for v in values]
+        if unknown := [v for v in values if v not in set(have)]:
+            raise ValueError(f"{self.name}: no row has {column} '{unknown[0]}'; known: {', '.join(sorted(set(have))[:12])}")
+        return have.isin(values)
+
     def where(self, classes=None, **columns) -> "Manifest": # columns: name=value or name=[values]
         "Only these classes (which become `.classes`, sorted), and only rows with these values in other columns."
         rows = pd.Series(True, self.df.index)
         if classes is not None: columns["label"] = classes = [classes] if isinstance(classes, str) else list(classes)
-        for c, values in columns.items():
-            if c not in self.df: raise ValueError(f"{self.name}: no column '{c}'; columns: {', '.join(self.df)}")
-            values = [values] if isinstance(values, (str, numbers.Number)) else list(values)
-            if unknown := [v for v in values if v not in set(self.df[c])]:
-                raise ValueError(f"{self.name}: no row has {c} '{unknown[0]}'; known: {', '.join(map(str, sorted(set(self.df[c]))[:12]))}")
-            rows &= self.df[c].isin(values)
+        for c, values in columns.items(): rows &= self._is(c, [values] if isinstance(values, (str, numbers.Number)) else list(values))
         return self._keep(rows, f"left with {columns}", classes=sorted(set(classes)) if classes is not None else self.classes)
 
     def shots(self,
@@ -252,6 +254,68 @@ class Manifest:
                 d["turn"] = d.groupby("group").lot.rank() # one image of every group first: near-duplicates are no second shot
                 keep[d.sort_values(["turn", "lots"]).index[:max(take, 1)]] = True
         return self._keep(keep, "left")
+
+    def _of(self, classes): # the rows of "benign,malignant"
+        if not (names := [c.strip() for c in classes.split(",") if c.strip()]): return self
+        try: return self.where(classes=names)
+        except ValueError as e: raise ValueError(f"classes={classes!r}: {e}") from None
+
+    def _fits(self, parameter, text): # which rows fulfil "column=a|b;column=c"
+        keep = pd.Series(True, self.df.index)
+        for condition in filter(str.strip, text.split(";")):
+            column, _, values = (t.strip() for t in condition.partition("="))
+            try:
+                if not column or not values: raise ValueError("write column=value, several values with |, several conditions with ;")
+                keep &= self._is(column, [v.strip() for v in values.split("|")])
+            except ValueError as e: raise ValueError(f"{parameter}={text!r}: {e}") from None
+        return keep
+
+    def _first(self, limit): # so many images of each class and split
+        if limit < 0: raise ValueError(f"limit={limit}: give a number of images per class and split, or 0 for all")
+        return replace(self, df=self.df.groupby(["split", "label"]).head(limit)) if limit else self
+
+    def pick(self,
+        classes: str = "",   # "benign,malignant": rows of these labels, which become `.classes`; "": all
+        rows: str = "",      # "scanner=A|B;organ=breast": train and validate on these only; the test split stays whole
+        shots: float = 0.0,  # below 1 a share of the training images, from 1 a count for each class; 0: all
+        seed: int = 0,       # of the shots
+        limit: int = 0,      # the first so many of each class and split; 0: all
+    ) -> "Manifest":
+        "What a template's parameters ask for, as text and numbers. ValueError names the parameter and what is known."
+        m = self._of(classes)
+        keep = m.df.split.eq("test") | m._fits("rows", rows)
+        had, have = ({s: sorted(set(d.label[d.split.eq(s)])) for s in SPLITS} for d in (m.df, m.df[keep]))
+        if lost := [c for c in had["train"] if c not in have["train"]]:
+            raise ValueError(f"rows={rows!r} leaves no train image of class '{lost[0]}'; take more rows" + f", or classes='{','.join(have['train'])}'" * bool(have["train"]))
+        if had["valid"] and not have["valid"]: raise ValueError(f"rows={rows!r} leaves no valid image; take more rows")
+        m = m._keep(keep, "left")
+        if shots and not (0 < shots < 1 or shots >= 1 and shots == int(shots)): raise ValueError(f"shots={shots}: give a share below 1, a whole number of images per class, or 0 for all")
+        return m.shots(None if not shots else float(shots) if shots < 1 else int(shots), seed)._first(limit)
+
+    def tested(self,
+        test_manifest: str = "", # another data set: its test split, or with "NAME:all" every row (none was trained on); "": this one
+        test_rows: str = "",     # "scanner=C": only these of them
+        classes: str = "",       # as in `pick`
+        limit: int = 0,          # the first so many of each class; 0: all
+    ) -> "Manifest":             # test rows only, with the classes of this manifest in their order
+        "The rows to test on. ValueError if the other data set lacks a class, or holds images or groups of the train or valid rows here."
+        m = t = self._of(classes)
+        if test_manifest:
+            t, whole = Manifest.load(test_manifest.removesuffix(":all")), test_manifest.endswith(":all")
+            if lost := [c for c in m.classes if c not in set(t.df.label)]:
+                raise ValueError(f"test_manifest={test_manifest!r}: no row of class '{lost[0]}', which is learned here; known: {', '.join(t.classes)}")
+            kin = set(t.df.sha256) & set(m.df.sha256) # p1 of another hospital is another patient, unless the two tables share images
+            if not whole and not t.df.split.eq("test").any(): raise ValueError(f"test_manifest={test_manifest!r}: it has no test split; {test_manifest}:all tests on all of it")
+            t = replace(t, df=t.df.assign(split="test") if whole else t.df, classes=m.classes)
+            t = t._keep(t.df.label.isin(m.classes), "of these classes")
+        keep = t.df.split.eq("test") & t._fits("test_rows", test_rows)
+        if not keep.any(): raise ValueError(f"test_rows={test_rows!r}: no such row in the test split of {t.name}")
+        t = t._keep(keep, "left")
+        if test_manifest:
+            learned = m.df[~m.df.split.eq("test")]
+            seen = t.df.sha256.isin(learned.sha256) | bool(kin) & t.df.group.isin(learned.group)
+            if seen.any(): raise ValueError(f"test_manifest={test_manifest!r}: {seen.sum()} of {len(t)} rows are images (or of groups) to train or validate on here, the first {t.df.id[seen].iloc[0]!r}; leave them out with test_rows")
+        return t._first(limit)
 
     def verify(self) -> "Manifest":
         "Read every file and compare its sha256 (and the mask's, where the table has it); ManifestError names each that differs."
@@ -285,7 +349,7 @@ class Manifest:
         return f"Manifest {self.name}: {present} images, {self.df.group.nunique()} groups, data {self.data_hash[:8]}, split {self.split_hash[:8]}"
     def _repr_html_(self): return f"<p>{escape(repr(self))}</p>" + self.counts().rename_axis(index=None, columns=None).to_html()
 
-# %% ../nbs/api/02_manifest.ipynb #f1f836cb
+# %% ../nbs/api/02_manifest.ipynb #e5fae22b
 def measure(
     df: pd.DataFrame, # with columns image and (possibly empty) mask
     root,             # the folder they are relative to
@@ -297,7 +361,7 @@ def measure(
     df["width"], df["height"] = zip(*[_size(root / p) for p in df.image])
     return df.assign(sha256=df.image.map(digest), mask_sha256=df["mask"].map(digest))
 
-# %% ../nbs/api/02_manifest.ipynb #cb7a1d77
+# %% ../nbs/api/02_manifest.ipynb #73fdb95b
 MAX_FILES, MAX_FILE, MAX_TOTAL, MAX_RATIO = 20_000, 64 << 20, 4 << 30, 200 # an archive beyond these is no image collection
 
 def _zip_names(z, src): # {name: info} of the files of a zip that is safe to read
@@ -341,7 +405,7 @@ class _Source:
     def __enter__(self): return self
     def __exit__(self, *_): self.zip and self.zip.close()
 
-# %% ../nbs/api/02_manifest.ipynb #5b384ce3
+# %% ../nbs/api/02_manifest.ipynb #b8cb300b
 def _bytes_problem(data, digest, size): # why these bytes are not the published file, or None
     same = sha256(data).hexdigest() == digest
     if (got := _size(io.BytesIO(data))) is None: return "not an image"

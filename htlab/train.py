@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'seed_everything', 'batches', 'cosine_lr', 'param_groups', 'fit', 'load_best']
 
-# %% ../nbs/api/09_train.ipynb #77de68da
+# %% ../nbs/api/09_train.ipynb #4e0ad264
 import difflib, io, json, math, os, random, time, zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 
-# %% ../nbs/api/09_train.ipynb #1b645389
+# %% ../nbs/api/09_train.ipynb #c612b616
 import numpy as np
 import pandas as pd
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/api/09_train.ipynb #7b52009b
+# %% ../nbs/api/09_train.ipynb #aa545cb4
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train; the defaults are the supervised recipe of Qu et al. (arXiv 2506.08849)."
@@ -75,18 +75,24 @@ class TrainConfig:
                 raise ValueError(f'unknown setting {k!r}: {hint}')
         return cls(**settings)
 
+    @classmethod
+    def of(cls, parameters=(), **more):
+        "A config from what it knows among many parameters, ignoring the rest: `TrainConfig.of(globals())` below a notebook's parameters."
+        known = dict(parameters) | more
+        return cls(**{f.name: known[f.name] for f in fields(cls) if f.name in known})
+
     def _repr_html_(self):
         row = lambda tag, cells: '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in cells) + '</tr>'
         return f'<table>{row("th", asdict(self))}{row("td", asdict(self).values())}</table>'
 
-# %% ../nbs/api/09_train.ipynb #1574bddb
+# %% ../nbs/api/09_train.ipynb #d8b2fe77
 def seed_everything(
     seed: int,  # the seed, from 0 to below 2**32
 ):
     "Seed Python's, NumPy's and PyTorch's (CPU and GPU) generators."
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/api/09_train.ipynb #0716d970
+# %% ../nbs/api/09_train.ipynb #9f5d5aff
 def _rng_state():
     "What all generators of this process would say next, in types that `torch.load(weights_only=True)` reads."
     name, keys, *rest = np.random.get_state()
@@ -97,7 +103,7 @@ def _set_rng_state(state):
     random.setstate(state['python']); np.random.set_state(state['numpy']); torch.set_rng_state(state['torch'])
     if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'])
 
-# %% ../nbs/api/09_train.ipynb #91032ad7
+# %% ../nbs/api/09_train.ipynb #501d2201
 def batches(
     n: int,               # images in the training set
     config: TrainConfig,  # uses seed, batch_size, accumulate
@@ -108,7 +114,7 @@ def batches(
     parts = [order[i:i + config.batch_size] for i in range(0, n, config.batch_size)]
     return [parts[i:i + config.accumulate] for i in range(0, len(parts), config.accumulate)]
 
-# %% ../nbs/api/09_train.ipynb #d435a6cd
+# %% ../nbs/api/09_train.ipynb #08d34fe0
 def cosine_lr(
     update: int,    # number of the update, from 0
     updates: int,   # updates in the whole training
@@ -118,7 +124,7 @@ def cosine_lr(
     "Cosine annealing (Loshchilov & Hutter, SGDR, ICLR 2017, eq. 5, one cycle)."
     return min_lr + .5 * (lr - min_lr) * (1 + math.cos(math.pi * update / updates))
 
-# %% ../nbs/api/09_train.ipynb #887309d0
+# %% ../nbs/api/09_train.ipynb #421ab365
 def param_groups(
     task: nn.Module,      # frozen tensors are passed over
     weight_decay: float,  # for tensors of two or more dimensions
@@ -129,7 +135,7 @@ def param_groups(
     return [{'params': [p for p in learn if p.ndim >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in learn if p.ndim < 2], 'weight_decay': 0.}]
 
-# %% ../nbs/api/09_train.ipynb #7719a1c7
+# %% ../nbs/api/09_train.ipynb #12bd4f7d
 def _write_aside(path, data):
     "Write bytes beside `path`, then rename: the old file or the new one is there, never a half."
     aside = path.with_name(f'.{path.name}.partial')
@@ -142,7 +148,7 @@ def _write_aside(path, data):
         if isinstance(e, OSError): raise OSError(e.errno, f'{e.strerror}; the earlier files are intact, make room and start again to go on', str(path)) from None
         raise
 
-# %% ../nbs/api/09_train.ipynb #63266754
+# %% ../nbs/api/09_train.ipynb #8389abf4
 class _Keeper:
     "Saves and restores one run in `folder`: what learns, optimiser, generators, history, best so far."
     def __init__(self, folder, task, opt, config, acc, images):
@@ -202,7 +208,7 @@ def _fit_in(task, tensors, names, path):
             raise ValueError(f'{path}: tensor {k!r} has shape {tuple(v.shape)}, the task wants {tuple(own[k].shape)}; the file belongs to another task')
     task.load_state_dict(tensors, strict=False)
 
-# %% ../nbs/api/09_train.ipynb #b6692ea5
+# %% ../nbs/api/09_train.ipynb #61ad9d92
 @contextmanager
 def _accelerator(device):
     "An `Accelerator` of our own; the global state of accelerate is as before afterwards."
@@ -218,7 +224,7 @@ def _accelerator(device):
     finally:
         for s, old in zip(states, before): s.clear(); s.update(old)
 
-# %% ../nbs/api/09_train.ipynb #f1f836cb
+# %% ../nbs/api/09_train.ipynb #2db2dcce
 def _load(data, plan, config, device, epoch=0):
     "The batches of `plan`, on `device`. Workers start afresh each time, so that they see what `set_epoch` changed."
     seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])   # of the workers, and not taken from the global generator
@@ -234,7 +240,7 @@ def _valid_loss(task, data, config, acc):
     for part, batch in zip(plan, _load(data, plan, config, acc.device)): total += task(batch)['loss'].float() * len(part)
     return acc.reduce(total, 'sum').item() / len(data)
 
-# %% ../nbs/api/09_train.ipynb #fc074d50
+# %% ../nbs/api/09_train.ipynb #98b288dc
 def fit(
     task: nn.Module,       # `task(batch)` -> {'loss', 'output'}; only what requires grad is changed and saved
     train_set,             # items are dicts; `train_set.set_epoch(epoch)` is called if there is one
@@ -245,6 +251,9 @@ def fit(
     progress: bool = True, # a bar with the time left, on stderr
 ) -> pd.DataFrame:         # epoch, lr, train_loss, (valid_loss), score, seconds; attrs: best_epoch, best_score
     """Train `task`, leave its best weights in it (in eval mode), and return the history.
+
+    A task whose loss couples the images of an update has `joint(batches)`: it yields the batches, each with what it must
+    know of the others (of other processes too), so that every loss is that of the whole update. It is asked whenever there are others.
 
     May be interrupted at any time, by SIGKILL too: the same call goes on from the last finished epoch and ends with
     the same weights and history (`seconds` apart; bit by bit on a CPU). Errors: ValueError for wrong input, another
@@ -278,11 +287,13 @@ def fit(
                     lr = cosine_lr(t, config.epochs * per_epoch, config.lr, config.min_lr)
                     for group in opt.param_groups: group['lr'] = lr
                     opt.zero_grad()
-                    images = sum(map(len, update))
+                    images, parts = sum(map(len, update)), (next(loader) for _ in update)
+                    joint = len(update) * world > 1 and hasattr(task, 'joint')
+                    if joint: parts = task.joint(list(parts))
                     for i, rows in enumerate(update):
                         with acc.no_sync(model) if i + 1 < len(update) else nullcontext():   # gradients travel once an update
-                            with autocast(): loss = model(next(loader))['loss']
-                            (loss * (len(rows) / images)).backward()
+                            with autocast(): loss = model(next(parts))['loss']
+                            (loss * (world if joint else len(rows) / images)).backward()     # of a joint loss each batch has its own part of the gradient
                         total += loss.detach().float() * len(rows)
                     if config.clip: nn.utils.clip_grad_norm_([p for g in groups for p in g['params']], config.clip)
                     opt.step()
@@ -311,7 +322,7 @@ def fit(
     frame.attrs.update(best_epoch=best['epoch'], best_score=best['score'])
     return frame
 
-# %% ../nbs/api/09_train.ipynb #5b384ce3
+# %% ../nbs/api/09_train.ipynb #26e4af6e
 def load_best(
     task: nn.Module,  # a task of the same build
     path,             # a `best.safetensors`, or the folder that holds it

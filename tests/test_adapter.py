@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
-from htlab.adapter import OPS, Adapter, Gain, MapOp, Ring, from_released
+from htlab.adapter import OPS, Adapter, Gain, MapOp, Ring, Spectral, from_released
 
 GOLDEN = Path(__file__).parent / 'golden'
 RELEASED = dict(mona='baseline', noise='noise_aware', gain='freq_enhanced', hybrid='hybrid')
@@ -24,6 +24,7 @@ def adapter(op, width=12, bottleneck=4, init='reference', **kw):
     a = Adapter(width, bottleneck, op, init=init, **kw)
     for m in a.modules():
         if isinstance(m, (Gain, Ring)): [torch.nn.init.uniform_(p, .3, 1.7) for p in m.parameters()]
+        if isinstance(m, Spectral): torch.nn.init.uniform_(m.delta, -.7, .7)
     return a
 
 @pytest.mark.parametrize('op', RELEASED)
@@ -167,7 +168,7 @@ def test_ring_answers_a_frequency_alike_on_any_grid(p, q, a, b, data):
 @given(h=st.integers(1, 12), w=st.integers(1, 12))
 def test_filters_start_as_identity(h, w):
     u = torch.randn(2, 4, h, w)
-    for f in (Gain(4), Ring(4)): torch.testing.assert_close(f(u), u)
+    for f in (Gain(4), Ring(4), Spectral(4)): torch.testing.assert_close(f(u), u)
 
 @laws
 @given(h=st.integers(1, 9), w=st.integers(1, 9))
@@ -176,6 +177,28 @@ def test_gain_is_the_released_fft(h, w):
     torch.nn.init.normal_(gain.gain)
     fft = torch.fft.irfft2(torch.fft.rfft2(u) * gain.gain[:, None, None], s=(h, w))
     torch.testing.assert_close(gain(u), fft, atol=1e-5, rtol=1e-5)
+
+@laws
+@given(h=st.integers(1, 12), w=st.integers(1, 12), nodes=st.tuples(st.integers(1, 6), st.integers(2, 6)))
+def test_spectral_is_a_real_filter_on_any_grid(h, w, nodes):
+    "Its kernel is real and even, so it shifts nothing; a constant is scaled by 1 + H(0) on every grid; channels do not meet."
+    f = Spectral(2, nodes)
+    torch.nn.init.normal_(f.delta)
+    u = torch.randn(1, 2, h, w)
+    torch.testing.assert_close(f(torch.ones(1, 2, h, w)), (1 + f.delta[None, :, :1, :1]).expand(1, 2, h, w).detach(), atol=1e-5, rtol=1e-5)
+    turned = lambda m: m.flip(-1, -2).roll((1, 1), (-2, -1))                   # u(-y, -x)
+    half = f.delta.data.roll(-1, 1).flip(1)                                    # H(-fy): the filter seen in a mirror
+    mirror = Spectral(2, nodes)
+    mirror.delta.data = half
+    torch.testing.assert_close(f(u.flip(-2).roll(1, -2)), mirror(u).flip(-2).roll(1, -2), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(f(turned(u)), turned(f(u)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(f(u * torch.tensor([1., 0]).view(1, 2, 1, 1))[:, 1], torch.zeros(1, h, w))
+
+def test_spectral_nodes_are_the_frequencies_of_its_own_grid():
+    f = Spectral(3, (14, 8))
+    torch.nn.init.normal_(f.delta)
+    torch.testing.assert_close(f.response(14, 14), 1 + f.delta, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(f.response(28, 28)[:, ::2, ::2], 1 + f.delta, atol=1e-5, rtol=1e-5)
 
 def test_gain_holds_no_fft_and_ring_sees_all_channels_alike():
     assert Ring(64).rings.numel() == Ring(4).rings.numel() == 8
@@ -189,7 +212,7 @@ def test_noise_weights_are_one_triple_per_image(op):
     if a.op.weigh:
         w = a.op.weigh(torch.randn(3, 4, 4, 5))
         assert w.shape == (3, 3, 1, 1) and torch.allclose(w.sum(1), torch.ones(3, 1, 1))
-    assert bool(a.op.weigh) == (op in ('noise', 'hybrid', 'hybrid-ring'))
+    assert bool(a.op.weigh) == (op in ('noise', 'hybrid', 'hybrid-ring', 'hybrid-spectral'))
 
 @every_op
 def test_every_parameter_learns(op):

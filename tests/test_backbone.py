@@ -2,17 +2,20 @@
 import json
 import socket
 from copy import deepcopy
+from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
 from hypothesis import given, settings, strategies as st
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from htlab.backbone import ASSET, Backbone, build_tiny, load_backbone, save_tiny, tiny_tokenizer, tiny_vocab
+from htlab import backbone as module
+from htlab.backbone import ASSET, TOWERS, Backbone, build_tiny, list_backbones, load_backbone, save_tiny, tiny_tokenizer, tiny_vocab
 
 TIMM = ["test_vit", "test_vit3", "test_vit_relpos", "vit_tiny_patch16_224"]  # CLS and average, attention pooling, no prefix token, the usual
 CLIP_CFG = dict(embed_dim=24, quick_gelu=True, vision_cfg=dict(image_size=32, patch_size=8, width=32, layers=3, head_width=16),
@@ -91,7 +94,7 @@ def test_folders_and_files_give_the_published_model(files):
 
 
 def test_a_text_tower_that_cannot_be_built_does_not_block_the_image_tower(files, tmp_path):
-    "BiomedCLIP's layout: timm trunk, Hugging Face text tower (transformers is not installed, or its files are not here)."
+    "BiomedCLIP's layout: timm trunk, Hugging Face text tower whose files are not here."
     for f in (files[0] / "trunk").iterdir(): (tmp_path / f.name).write_bytes(f.read_bytes())
     (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=TRUNK_CFG | dict(text_cfg=dict(hf_model_name=str(tmp_path / "absent"), hf_tokenizer_name="x")), preprocess_cfg=PRE)))
     with pytest.raises(ValueError, match="text=False"): load_backbone(tmp_path)
@@ -242,7 +245,7 @@ def test_mismatches_are_refused_with_their_names(files, tmp_path, monkeypatch):
     refused("embed_dim is 24, not 512.*more", "ViT-B-32", d / "clip")
     refused("nearest", "ViT-B-15", "random")
     refused("timm knows no model", "timm/nothing", "random")
-    refused("not a plain vision transformer", "resnet10t", "random")
+    refused("not a plain vision transformer", "test_convnext", "random")
     refused("ResNet tower", "RN50", "random")
     refused("QuickGELU.*take 'ViT-B-32-quickgelu'", "ViT-B-32", "openai")
     refused("with GELU.*take 'ViT-B-32'", "open_clip/ViT-B-32-quickgelu", "laion2b_s34b_b79k")
@@ -281,3 +284,316 @@ def test_offline_is_one_line_with_the_remedy(monkeypatch, tmp_path):
     for name, weights in (("test_vit", None), ("ViT-B-32", "laion2b_s34b_b79k")):
         with pytest.raises(ConnectionError, match="weights=FILE or FOLDER") as e: load_backbone(name, weights)
         assert "\n" not in str(e.value)
+
+
+# the towers by name, each a small random model in the files of the real one
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "benign", "malignant", "mass", "with", "margin", "##s", "."]
+TEXTS = ["a benign mass", "a malignant mass with margins."]
+OPENAI = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+IMAGENET = ((.485, .456, .406), (.229, .224, .225))
+PUBMED = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+PREPROCESSOR = dict(do_normalize=True, image_mean=IMAGENET[0], image_std=IMAGENET[1], resample=2, size=dict(height=64, width=64))
+
+
+def wordpiece(d):
+    "The tokenizer files of BiomedBERT, with few words."
+    d.mkdir(exist_ok=True)
+    (d / "vocab.txt").write_text("\n".join(WORDS))
+    (d / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="BertTokenizer", do_lower_case=True, model_max_length=512)))
+    return open_clip.tokenizer.HFTokenizer(str(d), context_length=16)
+
+
+def bpe(d):
+    "The tokenizer files of CLIP in transformers: letters, no merges."
+    letters = [c + e for c in "abcdefghijklmnopqrstuvwxyz." for e in ("", "</w>")]
+    (d / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}))
+    (d / "merges.txt").write_text("#version: 0.2\n")
+    (d / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="CLIPTokenizer", model_max_length=77, unk_token="<|endoftext|>", bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")))
+    return open_clip.tokenizer.HFTokenizer(str(d), context_length=40)
+
+
+def clip_with_bert(d, vision, heads=1, **kw):
+    "What open_clip builds when the hub answers: here the answer lies in a folder."
+    from transformers import BertConfig
+    config = BertConfig(vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=96, max_position_embeddings=48)
+    config.save_pretrained(d)
+    text = dict(hf_model_name=str(d), hf_tokenizer_name=PUBMED, hf_proj_type="mlp", hf_pooler_type="cls_last_hidden_state_pooler", context_length=16)
+    return CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text | dict(hf_model_pretrained=False), **kw).eval(), text | dict(hf_model_name=PUBMED)
+
+
+def state_of(model): return {k: v.clone().contiguous() for k, v in model.state_dict().items()}
+
+
+def tower(name, d):
+    "-> how it is loaded, and what the library's own model says: image, text, preprocessing, weights file."
+    torch.manual_seed(0)
+    d.mkdir()
+    clip = lambda m, tok: dict(image=lambda x: m.encode_image(x, normalize=True), text=lambda: m.encode_text(tok(TEXTS), normalize=True))
+    if name in ("biomedclip", "biomedclip-config"):
+        model, text = clip_with_bert(d.parent / f"{name}-bert", dict(timm_model_name="test_vit", timm_pool="", timm_proj="linear", image_size=160), heads=4 if "config" in name else 1)
+        (d / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=dict(embed_dim=24, vision_cfg=dict(timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="", timm_proj="linear", image_size=160), text_cfg=text),
+                                                                 preprocess_cfg=dict(mean=OPENAI[0], std=OPENAI[1]))))
+        if "config" in name: (d / "config.json").write_bytes((d.parent / f"{name}-bert" / "config.json").read_bytes())
+        torch.save(state_of(model) | {"text.transformer.embeddings.position_ids": torch.arange(48)[None]}, d / "open_clip_pytorch_model.bin")
+        return dict(load=("biomedclip", d), pre=OPENAI, file="open_clip_pytorch_model.bin", **clip(model, wordpiece(d)))
+    if name == "unimedclip":
+        model, _ = clip_with_bert(d.parent / f"{name}-bert", dict(image_size=32, patch_size=8, width=128, layers=2), quick_gelu=True)
+        state = {"module." + k.replace("text.", "text_encoder.", 1): v for k, v in state_of(model).items()}
+        torch.save(dict(epoch=3, state_dict=state, optimizer=dict(state={}, param_groups=[dict(lr=1e-4)]), best_acc=np.float64(.5)), d / "unimed_clip_vit_b16.pt")
+        return dict(load=("unimedclip", d / "unimed_clip_vit_b16.pt"), pre=OPENAI, file="unimed_clip_vit_b16.pt", **clip(model, wordpiece(d / "BiomedNLP-BiomedBERT-base-uncased-abstract")))
+    if name in ("fetalclip", "fetalclip-file"):
+        cfg = dict(embed_dim=24, vision_cfg=dict(image_size=28, layers=2, width=64, patch_size=14), text_cfg=dict(context_length=30, vocab_size=49408, width=64, heads=1, layers=2))
+        model = CLIP(**deepcopy(cfg)).eval()
+        (d / "FetalCLIP_config.json").write_text(json.dumps(cfg))
+        torch.save(dict(state_dict={f"module.{k}": v for k, v in state_of(model).items()}), d / "FetalCLIP_weights.pt")
+        return dict(load=("fetalclip", d / "FetalCLIP_weights.pt" if name.endswith("file") else d), pre=OPENAI, file="FetalCLIP_weights.pt", **clip(model, open_clip.SimpleTokenizer(context_length=30)))
+    if name == "clipseg":
+        from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+        small = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_hidden_layers=3)
+        config = CLIPSegConfig(text_config=small | dict(vocab_size=56, max_position_embeddings=40, eos_token_id=55, bos_token_id=54, pad_token_id=55), vision_config=small | dict(image_size=48, patch_size=16),
+                               projection_dim=24, reduce_dim=16, extract_layers=[0, 1, 2], decoder_num_attention_heads=2, decoder_intermediate_size=32, use_complex_transposed_convolution=True)
+        model = CLIPSegForImageSegmentation(config).eval()
+        model.save_pretrained(d)
+        (d / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+        tok = bpe(d)
+        unit = lambda out: nn.functional.normalize(out.pooler_output, dim=-1)
+        return dict(load=("clipseg", d), pre=IMAGENET, file="model.safetensors", model=model, tok=tok, image=lambda x: unit(model.clip.get_image_features(x)), text=lambda: unit(model.clip.get_text_features(tok(TEXTS))))
+    if name == "metaclip":      # timm's tower from open_clip's file, as on the hub
+        model = CLIP(**(CLIP_CFG | dict(vision_cfg=dict(image_size=32, patch_size=8, width=64, layers=2)))).eval()
+        (d / "config.json").write_text(json.dumps(dict(architecture="vit_base_patch16_clip_quickgelu_224", num_classes=24, model_args=dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1),
+                                                       pretrained_cfg=dict(tag="metaclip_400m", mean=OPENAI[0], std=OPENAI[1], input_size=[3, 32, 32], classifier="head", notes=["natively QuickGELU"]))))
+        save_file(state_of(model), d / "open_clip_model.safetensors")
+        return dict(load=(d,), pre=OPENAI, file="open_clip_model.safetensors", clip=model)
+    arch = dict(dinov2="vit_base_patch14_reg4_dinov2", resnet18="test_resnet")[name]
+    args = dict(img_size=28, embed_dim=32, depth=4, num_heads=2) if name == "dinov2" else {}
+    model = timm.create_model(arch, **args).eval()
+    (d / "config.json").write_text(json.dumps(dict(architecture=arch, num_classes=model.num_classes, model_args=args, pretrained_cfg=dict(mean=IMAGENET[0], std=IMAGENET[1], input_size=[3, 28, 28] if args else [3, 160, 160], classifier="head" if args else "fc"))))
+    save_file(state_of(model), d / "model.safetensors")
+    return dict(load=(d,), pre=IMAGENET, file="model.safetensors", model=model, image=lambda x: nn.functional.normalize(model.forward_head(model.forward_features(x), pre_logits=True), dim=-1))
+
+
+NAMES = ["biomedclip", "biomedclip-config", "unimedclip", "fetalclip", "fetalclip-file", "clipseg", "metaclip", "dinov2", "resnet18"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    root = tmp_path_factory.mktemp("published")
+    return {n: SimpleNamespace(dir=root / n, **({"image": None, "text": None} | tower(n, root / n))) for n in NAMES}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*a, **k): raise AssertionError("the network was asked")
+    for f in ("connect", "connect_ex"): monkeypatch.setattr(socket.socket, f, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_tower_says_what_its_own_library_says(published, name, no_network):
+    t = published[name]
+    bb = load_backbone(*t.load)
+    x = torch.rand(2, 3, *bb.size)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in t.pre)
+    assert bb.mean == pytest.approx(t.pre[0]) and bb.std == pytest.approx(t.pre[1])
+    with torch.no_grad():
+        if t.image: assert torch.allclose(bb.embed_image(x), t.image((x - mean) / std), atol=1e-5)
+        assert bb.has_text == bool(t.text)
+        if t.text: assert torch.allclose(bb.embed_text(TEXTS), t.text(), atol=1e-5)
+        if name == "metaclip": assert torch.allclose(bb.features(x, [1])[0], t.clip.visual.forward_intermediates((x - mean) / std, indices=[1])["image_intermediates"][0], atol=1e-5)
+        assert all(f.shape[:2] == (2, bb.widths[i]) for f, i in zip(bb.features(x), bb.check_taps()))
+    if t.text:
+        assert bb.name == t.load[0] and load_backbone(*t.load, text=False).hash == bb.hash
+    silent = load_backbone(*t.load, mean=0, std=1)
+    assert torch.allclose(silent.embed_image(x), bb.embed_image((x * std + mean).clip(-.4, 1.4)), atol=.1) and silent.mean == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_key_is_missing_or_left_over(published, name, tmp_path):
+    t = published[name]
+    for how in ("missing", "unexpected"):
+        d = tmp_path / how
+        d.mkdir()
+        for f in t.dir.rglob("*"):
+            if f.is_file(): (d / f.relative_to(t.dir)).parent.mkdir(exist_ok=True); (d / f.relative_to(t.dir)).write_bytes(f.read_bytes())
+        state, _ = module._read(t.dir / t.file)
+        victim = next(k for k in state if k.endswith(("norm1.weight", "ln_1.weight", "bn1.weight")) and ("visual" in k or "vision" in k or name in ("dinov2", "resnet18")))
+        state = {k: v for k, v in state.items() if k != victim} if how == "missing" else state | {victim + "x": torch.zeros(1)}
+        save_file(state, d / t.file) if t.file.endswith("safetensors") else torch.save(state, d / t.file)
+        load = [d / p.relative_to(t.dir) if isinstance(p, type(d)) else p for p in t.load]
+        with pytest.raises(ValueError, match=f"1 {how} ") as e: load_backbone(*load)
+        assert "\n" not in str(e.value)
+    if not t.file.endswith("safetensors"):
+        torch.save(nn.Linear(2, 2), d / t.file)
+        with pytest.raises(ValueError, match="plain tensors"): load_backbone(*load)
+
+
+def test_quickgelu_goes_with_the_weights(published, tmp_path):
+    copies = {n: tmp_path / n for n in ("unimedclip", "fetalclip", "clipseg")}
+    for n, d in copies.items():
+        d.mkdir()
+        for f in published[n].dir.glob("*.*"): (d / f.name).write_bytes(f.read_bytes())
+    cfg = json.loads((copies["fetalclip"] / "FetalCLIP_config.json").read_text())
+    (copies["fetalclip"] / "FetalCLIP_config.json").write_text(json.dumps(cfg | dict(quick_gelu=True)))
+    (copies["unimedclip"] / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=CLIP_CFG | dict(quick_gelu=False))))
+    seg = json.loads((copies["clipseg"] / "config.json").read_text())
+    seg["vision_config"]["hidden_act"] = "gelu"
+    (copies["clipseg"] / "config.json").write_text(json.dumps(seg))
+    for n, d in copies.items():
+        with pytest.raises(ValueError, match="trained with (Quick)?GELU"): load_backbone(n, d)
+    for arch, n, text in (("ViT-B-16", "unimedclip", False), ("ViT-L-14-quickgelu", "fetalclip", False)):
+        with pytest.raises(ValueError, match="trained with (Quick)?GELU"): load_backbone(arch, published[n].dir / published[n].file, text=text)
+    (tmp_path / "renamed.pt").write_bytes((published["unimedclip"].dir / "unimed_clip_vit_b16.pt").read_bytes())
+    with pytest.raises(ValueError, match="UniMed-CLIP.*QuickGELU"): load_backbone("ViT-B-16", tmp_path / "renamed.pt", text=False)
+    assert load_backbone("vit_base_patch16_clip_quickgelu_224.metaclip_400m", "random", size=32).kind == "vit"
+
+
+@pytest.mark.parametrize("name", ["unimedclip", "fetalclip", "clipseg", "metaclip", "dinov2"])
+def test_position_embeddings_follow_the_size(published, name):
+    t = published[name]
+    bb = load_backbone(*t.load)
+    p = bb.size[0] // bb.grid[0]
+    wide = load_backbone(*t.load, size=(3 * p, 5 * p))
+    assert wide.grid == (3, 5) and wide.hash == bb.hash and wide.features(torch.rand(1, 3, 3 * p, 5 * p), [1])[0].shape[2:] == (3, 5)
+    with pytest.raises(ValueError, match="multiple of the patch"): load_backbone(*t.load, size=4 * p + 1)
+
+
+def test_clipseg_masks_are_the_librarys(published):
+    t = published["clipseg"]
+    bb = load_backbone(*t.load)
+    x = torch.rand(2, 3, 64, 64)
+    norm = (x - torch.tensor(IMAGENET[0]).view(3, 1, 1)) / torch.tensor(IMAGENET[1]).view(3, 1, 1)
+    with torch.no_grad():
+        maps = bb.text_maps(x, TEXTS)
+        for k, text in enumerate(TEXTS):
+            want = t.model(input_ids=t.tok([text]).repeat(2, 1), pixel_values=norm).logits
+            assert torch.allclose(maps[:, k], want, atol=1e-5)
+        assert torch.allclose(bb.text_maps(x, bb.embed_text(TEXTS, normalize=False)), maps, atol=1e-6)
+    assert bb.size == (64, 64) and bb.interpolation == "bilinear" and bb.blocks is bb.model.visual.vision.encoder.layers
+    wide = load_backbone(*t.load, size=(32, 80))
+    x = torch.rand(1, 3, 32, 80, requires_grad=True)
+    assert wide.text_maps(x, TEXTS).shape == (1, 2, 32, 80)
+    wide.text_maps(x, TEXTS).sum().backward()
+    assert x.grad.abs().sum() > 0, "adapters in the tower get a gradient"
+    (t.dir / "preprocessor_config.json").rename(t.dir / "aside")
+    with pytest.raises(FileNotFoundError, match="preprocessor_config"): load_backbone(*t.load)
+    (t.dir / "aside").rename(t.dir / "preprocessor_config.json")
+
+
+@pytest.mark.parametrize("name", ["biomedclip", "unimedclip", "fetalclip"])
+def test_text_maps_of_a_clip_are_cosines_of_patches(published, name):
+    bb = load_backbone(*published[name].load)
+    x = torch.rand(2, 3, *bb.size)
+    with torch.no_grad():
+        maps = bb.text_maps(x, TEXTS)
+        assert maps.shape == (2, 2, *bb.grid) and maps.abs().max() <= bb.logit_scale * 1.001
+        t, seen = bb.tower, []
+        norm = t.trunk.norm if hasattr(t, "trunk") else t.ln_post
+        hook = norm.register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
+        e = bb.embed_image(x)
+        hook.remove()
+        before, after = seen[0]
+        cls = after[:, 0] if after.ndim == 3 else after
+        way = lambda z: nn.functional.normalize(t.head(z) if hasattr(t, "trunk") else z @ t.proj, dim=-1)
+        assert torch.allclose(way(cls), e, atol=1e-5), "the pooled token goes this way"
+        if after.ndim == 3: assert torch.allclose(maps.flatten(2).mT, bb.logit_scale * way(after[:, bb.prefix:]) @ bb.embed_text(TEXTS).T, atol=1e-3), "and so do the patches"
+
+
+def test_text_maps_need_text_and_a_way():
+    with pytest.raises(ValueError, match="no text tower"): load_backbone("test_vit", "random").text_maps(torch.rand(1, 3, 160, 160), TEXTS)
+    with pytest.raises(ValueError, match="no text tower"): load_backbone("test_vit", "random").text_maps(torch.rand(1, 3, 160, 160), torch.rand(2, 64))
+    bb = load_backbone("tiny", "random")
+    x = torch.rand(1, 3, 112, 112)
+    for b in bb.blocks: b.register_forward_hook(lambda m, i, o: o + 1)      # what stands in the blocks' place takes part
+    assert not torch.equal(bb.text_maps(x, TEXTS), load_backbone("tiny", "random").text_maps(x, TEXTS))
+
+
+def test_a_resnet_gives_five_strides(published):
+    bb = load_backbone(*published["resnet18"].load)
+    x = torch.rand(2, 3, 160, 160)
+    assert bb.kind == "conv" and bb.prefix == 0 and len(bb.blocks) == 4 and bb.blocks[3] is bb.tower.layer4 and bb.taps_default == [0, 1, 2, 3, 4] and bb.grid == (5, 5)
+    maps = bb.features(x)
+    assert [m.shape for m in maps] == [(2, w, 160 // s, 160 // s) for w, s in zip(bb.widths, (2, 4, 8, 16, 32))]
+    assert torch.equal(bb.features(x, "1,3")[1], maps[3]) and bb.embed_dim == bb.width == bb.widths[4]
+    assert load_backbone(*published["resnet18"].load, size=(64, 96)).features(torch.rand(1, 3, 64, 96))[4].shape[2:] == (2, 3)
+    for size in (100, (64, 80)):
+        with pytest.raises(ValueError, match="multiple"): load_backbone(*published["resnet18"].load, size=size)
+    with pytest.raises(ValueError, match="0 to 4"): bb.features(x, [5])
+    assert "strides" in bb._repr_html_() and "stages" in repr(bb)
+    before = bb.tower.bn1.running_mean.clone()
+    bb.train()
+    bb.features(x)
+    assert torch.equal(bb.tower.bn1.running_mean, before), "what is frozen keeps its statistics"
+    assert load_backbone("vit_tiny_patch16_224", "random").widths == [192] * 12
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, unique=True).map(sorted), st.sampled_from([",", ", ", " ,"]))
+def test_taps_are_a_list_or_text(taps, comma):
+    bb = SimpleNamespace(taps_default=[1, 3, 4], widths=[8] * 6)
+    assert Backbone.check_taps(bb, taps) == Backbone.check_taps(bb, comma.join(map(str, taps))) == taps
+    assert Backbone.check_taps(bb, "") == Backbone.check_taps(bb) == [1, 3, 4]
+    for bad in ("a", "1;2", "3,1", "6", ",", "1.5", [1.5], 3, ["x"]):
+        with pytest.raises(ValueError, match="taps"): Backbone.check_taps(bb, bad)
+
+
+def test_short_names_lead_to_the_published_weights(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(module, "_open_clip", lambda arch, weights, path, *a: asked.append((arch, weights)) or 1 / 0)
+    monkeypatch.setattr(module, "_timm", lambda arch, weights, path, *a: asked.append((arch, weights)) or 1 / 0)
+    monkeypatch.setattr(module, "_snapshot", lambda name: asked.append(TOWERS[name].hub) or tmp_path)
+    for name, want in (("openai", [("ViT-B-16-quickgelu", "openai")]), ("metaclip", [("ViT-B-16-quickgelu", "metaclip_400m")]), ("dinov2", [("vit_base_patch14_dinov2.lvd142m", None)]),
+                       ("biomedclip", ["microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", ("biomedclip", tmp_path)]), ("resnet18", [("resnet18", None)])):
+        asked.clear()
+        with pytest.raises(ZeroDivisionError): load_backbone(name)
+        assert asked == want
+
+
+def test_a_hub_cache_is_enough(published, monkeypatch, tmp_path):
+    "The files lie where huggingface_hub puts them: that is a folder like any other."
+    def unknown(*a): raise socket.gaierror("no such host")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("htlab.backbone.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match="weights=FILE or FOLDER"): load_backbone("clipseg")
+    with pytest.raises(FileNotFoundError, match="on no hub"): load_backbone("fetalclip")
+    assert list_backbones().set_index("name")["files here"]["clipseg"] == "no"
+    home = tmp_path / "models--CIDAS--clipseg-rd64-refined"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    (home / "snapshots").mkdir()
+    (home / "snapshots" / ("0" * 40)).symlink_to(published["clipseg"].dir)
+    here = list_backbones().set_index("name")["files here"]
+    assert here["clipseg"] == "yes" and here["biomedclip"] == "no" and here["tiny"] == ("yes" if ASSET.is_file() else "no")
+    assert load_backbone("clipseg").hash == load_backbone("clipseg", published["clipseg"].dir).hash
+
+
+def test_the_table_is_true():
+    "Sizes are those of the published architectures, built without memory."
+    from transformers import BertConfig, CLIPSegConfig, CLIPSegForImageSegmentation
+    table = list_backbones()
+    assert list(table) == ["name", "what", "parameters M", "licence", "text tower", "prefix tokens", "size px", "files here"] and list(table["name"]) == list(TOWERS)
+    with torch.device("meta"):
+        for name, t in TOWERS.items():
+            if name == "tiny": model = build_tiny(vocab_size=1)
+            elif name == "clipseg": model = CLIPSegForImageSegmentation(CLIPSegConfig(vision_config=dict(patch_size=16), use_complex_transposed_convolution=True))
+            elif t.text == "none": model = timm.create_model((t.arch or name).split(".")[0], num_classes=0)
+            else: model = module._clip(deepcopy(module.OWN.get(name) or open_clip.get_model_config(t.arch)), True, BertConfig() if "BERT" in t.text else None)
+            n = sum(p.numel() for p in model.parameters()) / 1e6
+            assert abs(n - t.params) < (.3 if name == "tiny" else .06), name
+            if t.text == "none" and t.prefix: assert model.num_prefix_tokens == t.prefix and model.patch_embed.img_size[0] == t.size
+            if t.text == "none": assert t.hub.split("/")[1].startswith(name if not t.arch else t.arch) and timm.get_pretrained_cfg(t.arch or name).license.lower() == t.licence.lower()
+    for name in ("openai", "metaclip"): assert open_clip.get_pretrained_cfg(TOWERS[name].arch, TOWERS[name].weights)["hf_hub"].rstrip("/") == TOWERS[name].hub
+
+
+def test_text_towers_that_do_not_fit_are_explained(published, tmp_path):
+    for f in published["biomedclip"].dir.iterdir(): (tmp_path / f.name).write_bytes(f.read_bytes())
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS + ["extra"]))
+    with pytest.raises(ValueError, match="tokenizer has 14 entries, the text tower 13.*text=False"): load_backbone("biomedclip", tmp_path)
+    (tmp_path / "vocab.txt").unlink()
+    with pytest.raises(ValueError, match="tokenizer.*text=False") as e: load_backbone("biomedclip", tmp_path)
+    assert "\n" not in str(e.value)
+    assert not load_backbone("biomedclip", tmp_path, text=False).has_text
+    (tmp_path / "second.bin").write_bytes(b"")
+    (tmp_path / "open_clip_pytorch_model.bin").rename(tmp_path / "first.bin")
+    with pytest.raises(FileNotFoundError, match="several weights files"): load_backbone("biomedclip", tmp_path)

@@ -163,6 +163,56 @@ def test_hashes_see_what_matters_and_nothing_else(d):
     assert sum(len(m.split(s)) for s in set(d.split)) == len(m) and "<table" in m._repr_html_()
 
 
+@given(tables(), st.sampled_from(["", "a", "a,b", " b , c,"]), st.sampled_from(["", "site=x", "site=x|y", " site = y | x ; id = i1|i2|i3 "]),
+       st.sampled_from([0., .3, 1., 2.]), st.integers(0, 3), st.integers(0, 3))
+@quick
+def test_pick_narrows_what_is_learned_from_and_never_what_is_tested(d, classes, rows, shots, seed, limit):
+    d = d.assign(site=["xyz"[k % 3] for k in range(len(d))]); m = Manifest(d)
+    names = [c.strip() for c in classes.split(",") if c.strip()]
+    try: got = m.pick(classes, rows, shots, seed, limit)
+    except ValueError as e:
+        assert re.match(r"(rows|classes)=.*(leaves no|no row has)|.*fewer shots|.*no row is", str(e)); return
+    of = m.where(classes=names) if names else m
+    whole = of.pick(rows=rows) if rows else of
+    assert got.classes == of.classes and set(got.df.id) <= set(whole.df.id) and list(whole.df.id[whole.df.split.eq("test")]) == list(of.df.id[of.df.split.eq("test")])
+    learned = whole.df[whole.df.split.ne("test")]
+    if rows: assert set(learned.site) <= {"x", "y"}
+    if ";" in rows: assert set(learned.id) <= {"i1", "i2", "i3"}
+    assert set(got.df.label[got.df.split.eq("train")]) == set(of.df.label[of.df.split.eq("train")]), "no class is lost on the way"
+    few = whole.shots((shots if shots < 1 else int(shots)) or None, seed).df
+    assert list(got.df.id) == list((few.groupby(["split", "label"]).head(limit) if limit else few).id)
+    if not limit and (of.df.split == "test").any():
+        t = m.tested(classes=classes); assert list(t.df.id) == list(got.df.id[got.df.split.eq("test")]) and t.classes == got.classes
+
+
+@pytest.mark.parametrize("ask, says", [
+    (dict(classes="cyst"), "classes='cyst'.*known: benign, malignant"), (dict(rows="site"), "rows='site': write column=value"), (dict(rows="=x"), "write column=value"), (dict(rows="sight=x"), "no column 'sight'; columns: id"),
+    (dict(rows="site=q"), "rows='site=q'.*known: x, y"), (dict(rows="site=x"), "leaves no train image of class 'malignant'; take more rows, or classes='benign'"), (dict(rows="width=9"), "known: 8"),
+    (dict(rows="split=train"), "leaves no valid image"), (dict(shots=1.5), "shots=1.5"), (dict(shots=-.1), "shots=-0.1"), (dict(shots=float("nan")), "shots=nan"), (dict(limit=-1), "limit=-1")])
+def test_pick_names_the_parameter_and_what_is_known(ask, says):
+    m = Manifest(table(split=["train"] * 6 + ["valid"] * 4 + ["test"] * 2).assign(site=["x", "y"] * 6))
+    with pytest.raises(ValueError, match=says): m.pick(**ask)
+
+
+def test_tested_takes_another_data_set_and_never_what_was_learned(tmp_path):
+    m = Manifest(table(12, split=["train"] * 6 + ["valid"] * 3 + ["test"] * 3).assign(site="x"), "mine")
+    def other(split="test", **columns):
+        d = table(9, labels=("benign", "cyst", "malignant"), split=split).assign(**dict(sha256=[digest(f"o{k}".encode()) for k in range(9)], image=[f"sim:1/{k}" for k in range(9)]) | columns)
+        d.to_csv(tmp_path / "other.csv", index=False)
+        return f"{tmp_path}/other.csv"
+    t = m.tested(other(site="abc" * 3), "", "", 2)
+    assert list(t.df.label) == ["benign", "malignant"] * 2 and t.classes == m.classes == ["benign", "malignant"], "a class that was not learned is not tested, and numbers do not move"
+    assert len(m.tested(other("train") + ":all")) == 6 and set(m.tested(other("train") + ":all").df.split) == {"test"}
+    with pytest.raises(ValueError, match="no test split; .*other.csv:all tests on all of it"): m.tested(other("train"))
+    with pytest.raises(ValueError, match="no row of class 'malignant'.*known: benign, cyst"): m.tested(other(label=["benign", "cyst"] * 4 + ["cyst"]))
+    with pytest.raises(ValueError, match="test_rows='site=q'.*known: a, b"): m.tested(other(site=list("abb" * 3)), "site=q")
+    own = [digest(f"o{k}".encode()) for k in range(8)]
+    assert len(m.tested(other())) == 6, "i0 of another hospital is another patient"
+    with pytest.raises(ValueError, match="1 of 6 rows .*'i0'"): m.tested(other(sha256=[digest(b"i3"), *own], group=[f"h{k}" for k in range(9)]))
+    with pytest.raises(ValueError, match="6 of 6 rows"): m.tested(other(sha256=[*own, digest(b"i11")])) # one origin: i0 is i0
+    with pytest.raises(ValueError, match="test_rows='id=i0': no such row in the test split"): m.tested(test_rows="id=i0")
+
+
 def test_where_and_split_refuse_the_unknown():
     m = Manifest(table())
     assert m.where(classes="benign").classes == ["benign"]

@@ -1,5 +1,7 @@
 """A run folder is complete or absent, its name is its configuration, and what cannot be compared is not compared."""
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, threading, time
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -14,7 +16,7 @@ from safetensors.numpy import load_file
 
 from htlab import report
 from htlab.manifest import Manifest
-from htlab.report import REQUIRED, Run, RunFailed, RunFolder, check_parameters, compare, execute, external, find_run, find_template, plan, to_html
+from htlab.report import RECIPES, REQUIRED, Run, RunFailed, RunFolder, check_parameters, compare, execute, external, find_run, find_runs, find_template, plan, sweep, to_html
 
 CODE = """import sys, numpy as np, pandas as pd
 from htlab.report import Run
@@ -63,6 +65,23 @@ def test_wrong_parameters_are_refused_in_one_line(toy, wrong, says):
     assert "\n" not in str(e.value)
 
 
+@given(given=st.dictionaries(st.sampled_from(["lr", "epochs", "head", "value"]), st.integers(1, 9)), recipe=st.sampled_from(["", *RECIPES]), name=st.sampled_from(["toy", "contrast"]))
+def test_explicit_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path_factory, given, recipe, name):
+    folder = tmp_path_factory.getbasetemp() / "recipes"; folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.ipynb"
+    if not path.exists(): template(path, defaults="lr = .5\nepochs = 3\nhead = 'x'\nvalue = 1\nrecipe = 'htlab'\nrun_dir = ''")
+    given = given | ({"head": "mine"} if "head" in given else {}) | ({"recipe": recipe} if recipe else {})
+    preset = {} if recipe in ("", "htlab") else RECIPES[recipe][""] | RECIPES[recipe].get(name, {})
+    for k, v in check_parameters(path, given).items(): assert v == given.get(k, preset.get(k, {"lr": .5, "epochs": 3, "head": "x", "value": 1, "recipe": "htlab", "run_dir": ""}[k])), k
+
+
+def test_recipes_fit_the_templates_and_unknown_ones_are_refused(toy):
+    for own in [RECIPES["paper"][k] for k in ("", "contrast")]: assert own["lr"] == 1e-4 if "lr" in own else own["epochs"] == 32
+    template(toy, defaults=DEFAULTS + "\nrecipe = 'htlab'")
+    with pytest.raises(ValueError, match="recipe='papr' is unknown; did you mean 'paper'"): check_parameters(toy, {"recipe": "papr"})
+    assert plan(toy, {"recipe": "paper"})["parameters"] == plan(toy)["parameters"] | {"recipe": "paper"}, "a preset sets only what the template has"
+
+
 def test_templates_are_found_and_checked(toy, tmp_path):
     assert find_template("segment").name == "segment.ipynb"
     with pytest.raises(FileNotFoundError, match="did you mean 'classify'"): find_template("clasify")
@@ -101,6 +120,33 @@ def test_data_and_split_are_part_of_the_name(toy):
     Path("m.csv").write_text(head + "".join(rows[:3])); c = plan(toy)
     assert a["split_hash"] != b["split_hash"] and a["data_hash"] == b["data_hash"] != c["data_hash"] and len({p["hash"] for p in (a, b, c)}) == 3
     assert a["name"].endswith("-toy-m-s0")
+
+
+def test_files_named_by_parameters_are_known_by_what_is_in_them(toy):
+    template(toy, defaults=DEFAULTS + "\nadapter_file = ''\nplugin = ''\nprompts = ''\nrecipe = 'htlab'")
+    none = plan(toy)["name"]
+    for k in ("adapter_file", "plugin", "prompts"):
+        for folder, text in [("a", "one"), ("b", "one"), ("c", "two")]: Path(folder).mkdir(exist_ok=True); Path(folder, "f.txt").write_text(text)
+        a, b, c = (plan(toy, {k: f"{folder}/f.txt"})["name"] for folder in "abc")
+        assert a == b and len({a, c, none}) == 3, k
+        Path("a/f.txt").write_text("three"); assert plan(toy, {k: "a/f.txt"})["name"] not in (a, c), k
+    assert plan(toy, {"prompts": "a sentence, " * 200})["parameters"]["prompts"].startswith("a sentence"), "words are no file"
+    with pytest.raises(FileNotFoundError, match="plugin='mine.py'"): plan(toy, {"plugin": "mine.py"})
+    run = fake("abc-one", [.5]); (run / "adapter.safetensors").write_text("one"); fake("abd-two", [.5])
+    p = plan(toy, {"adapter_file": "abc"})
+    assert Path(p["parameters"]["adapter_file"]) == run / "adapter.safetensors" and p["name"] == plan(toy, {"adapter_file": str(run)})["name"] == plan(toy, {"adapter_file": "b/f.txt"})["name"]
+    for odd, says in [("ab", "beginning of 2 runs"), ("abd", "abd-two holds no adapter.safetensors"), ("nowhere", "adapter_file='nowhere': no such file")]:
+        with pytest.raises(FileNotFoundError, match=says): plan(toy, {"adapter_file": odd})
+
+
+def test_rows_that_are_not_to_be_had_are_errors_before_anything_runs(toy):
+    template(toy, defaults=DEFAULTS + "\nmanifest = 'phantom'\nclasses = ''\nrows = ''\nshots = 0.\nlimit = 0\ntest_manifest = ''\ntest_rows = ''")
+    for wrong, says in [({"rows": "scaner=A"}, "rows='scaner=A'.*no column"), ({"test_rows": "scanner=Z"}, "known: A, B, C"), ({"shots": 1e4}, "fewer shots"), ({"classes": "cyst"}, "known: benign"), ({"test_manifest": "phantom:all"}, "to train or validate on")]:
+        with pytest.raises(ValueError, match=says): plan(toy, wrong)
+    table = pd.read_csv(ROOT / "data_manifests/phantom.csv", dtype=str, keep_default_na=False).head(20).assign(id=lambda d: "x" + d.id, group=lambda d: "x" + d.id, sha256=[f"{i:064x}" for i in range(20)])
+    table.to_csv("other.csv", index=False); a = plan(toy, {"test_manifest": "other.csv:all"})
+    table.assign(label=list(reversed(table.label))).to_csv("other.csv", index=False)
+    assert a["name"] != plan(toy, {"test_manifest": "other.csv:all"})["name"], "other test data, another run"
 
 
 # complete or absent
@@ -206,7 +252,152 @@ def test_each_look_at_the_test_split_is_a_line(tmp_path):
     assert looks == [1, 2, 1, 3] and lines[0] == "time,run,manifest,split_hash" and len(lines) == 5
 
 
+# sweep
+
+@pytest.fixture
+def instant(toy, monkeypatch):
+    "The template's code without a kernel; counts what was computed."
+    made, one = Counter(), threading.Lock()
+    def papermill(source, out, params, progress):
+        made[Path(params["run_dir"]).name] += 1
+        try:
+            with one: exec(source.cells[-1].source, dict(params))
+        except ValueError as e: raise RunFailed(str(e).splitlines()[0]) from None
+        nbformat.write(source, out)
+        return source
+    monkeypatch.setattr(report, "_papermill", papermill)
+    return toy, made
+
+
+def test_a_sweep_is_the_product_in_order_and_computes_nothing_twice(instant, capsys):
+    toy, made = instant
+    each = {"name": ["x", "y"], "seed": ["1", 2]}
+    runs = sweep(toy, {"value": .9}, each)
+    assert [(r.parameters["name"], r.parameters["seed"]) for r in runs] == list(product("xy", [1, 2])) and all(r.parameters["value"] == .9 for r in runs)
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in out[:4]] == [[str(i + 1), "of", "4"] for i in range(4)] and all(f"{r.name}  computed in " in line for r, line in zip(runs, out))
+    file, = Path("runs").glob("sweep-*.json")
+    assert out[4] == f"htlab compare {file.stem}" and json.loads(file.read_text())["runs"] == [r.name for r in runs] == [r.name for r in find_runs(file.stem[:10])]
+    again = sweep(toy, {"value": "0.90"}, each, progress=False)
+    assert [r.name for r in again] == [r.name for r in runs] and all(r.found for r in again) and set(made.values()) == {1} and len(list(Path("runs").glob("sweep-*"))) == 1
+    wider = sweep(toy, {"value": .9}, {"seed": range(1, 4), "name": "x"}, progress=False)
+    assert [r.found for r in wider] == [True, True, False] and sum(made.values()) == 5
+
+
+def test_one_failure_does_not_stop_a_sweep(instant, capsys):
+    toy, made = instant
+    with pytest.raises(RunFailed, match="^1 of 3 runs failed, the others are finished; the first: .*told to fail") as e: sweep(template(toy, CODE.replace("if fail", "if seed == 2")), {}, {"seed": [1, 2, 3]})
+    assert "\n" not in str(e.value) and [r.parameters["seed"] for r in map(RunFolder, (Path("runs") / n for n in finished()))] in ([1, 3], [3, 1])
+    lines = capsys.readouterr().out.splitlines()
+    assert "failed: told to fail" in lines[1] and "computed" in lines[2]
+    name, = (p.stem for p in Path("runs").glob("sweep-*"))
+    assert len(find_runs(name)) == 2 and any("2 of 3 runs are finished" in n for n in compare(*find_runs(name)).notes)
+
+
+@pytest.mark.parametrize("params, each, says", [
+    ({}, {"seed": [1, 2, "x"]}, "seed='x'"), ({}, {"sede": [1]}, "did you mean 'seed'"), ({"seed": 1}, {"seed": [1, 2]}, "seed is given for all runs and for each"), ({}, {"seed": []}, "seed: no values"), ({}, {"seed": [1, "1"]}, "the same run")])
+def test_a_sweep_is_checked_before_it_starts(instant, params, each, says):
+    with pytest.raises(ValueError, match=says): sweep(instant[0], params, each)
+    assert not instant[1] and not Path("runs").exists()
+
+
+def test_two_sweeps_side_by_side_share_the_work(instant):
+    toy, made = instant
+    slow = template(toy, CODE.replace("run = Run(run_dir)", "run = Run(run_dir); import time; time.sleep(.05)"))
+    got = [None, None]
+    def work(i): got[i] = sweep(slow, {}, {"seed": [1, 2, 3, 4]}, progress=False)
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(finished()) == 4 and set(made.values()) == {1} and [r.name for r in got[0]] == [r.name for r in got[1]]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_run_of_another_process_is_passed_over_and_looked_for_at_the_end(instant, monkeypatch, capsys, dies):
+    toy, made = instant
+    first = execute(toy, {"seed": 1}, runs="elsewhere", progress=False)
+    Path("runs/.partial").mkdir(parents=True)
+    other = FileLock(f"runs/.partial/{first.name}.lock"); other.acquire()
+    def sleep(seconds):
+        if not dies: shutil.copytree(first.path, Path("runs") / first.name)
+        other.release()
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    runs = sweep(toy, {}, {"seed": [1, 2]})
+    said = [line.split("  ")[2] for line in capsys.readouterr().out.splitlines()[:3]]
+    assert [r.found for r in runs] == [not dies, False] and said[0] == "elsewhere" and said[2].startswith("computed" if dies else "found")
+
+
+def test_a_template_edited_during_a_sweep_changes_nothing(instant, monkeypatch):
+    toy, made = instant
+    papermill = report._papermill
+    def edits(*a): template(toy, "raise SystemExit"); return papermill(*a)
+    monkeypatch.setattr(report, "_papermill", edits)
+    assert len(sweep(toy, {}, {"seed": [1, 2]}, progress=False)) == 2
+
+
 # compare
+
+def arm(adapter, shots, seeds, dice): return [fake(f"{adapter}-{shots}-{s}", dice + s / 100, parameters={"adapter": adapter, "shots": shots, "seed": s}) for s in seeds]
+
+
+def test_seeds_are_pooled_and_their_spread_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0); a = rng.uniform(.2, .6, 30); b = a + rng.normal(.05, .05, 30)
+    runs = arm("none", 0, [1, 2, 3], a) + arm("mona", 0, [3, 1], b)
+    both = compare(*runs)
+    assert list(both.table.index) == ["adapter=none", "adapter=mona"] and list(both.table.seeds) == [3, 2] and list(both.table.columns) == ["adapter", "seeds", "test cases", "dice"]
+    assert both.table.dice.iloc[0].startswith(f"{a.mean() + .02:.3f} [") and both.table.dice.iloc[0].endswith("±0.010") and both.table["test cases"].tolist() == [30, 30]
+    alone = compare(fake("a", a + .02), fake("b", b + .02))
+    assert both.paired.drop(columns="run").equals(alone.paired.drop(columns="run")), "of the mean of each case"
+    assert set(compare(*reversed(runs)).table.index) == set(both.table.index)
+    one = compare(*runs[:3])
+    assert one.paired.empty and one.table.seeds.tolist() == [3] and "±0.010" in str(one)
+    twin = compare(runs[0], shutil.copytree(runs[0], "runs/twin"))
+    assert len(twin.table) == 2 and "+0.000" in twin.paired["difference [95 % interval]"][0], "the same seed twice is not two seeds"
+
+
+def test_p_of_all_comparisons_are_corrected_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(1); a = rng.uniform(.2, .6, 25)
+    got = compare(*[fake(f"run{i}", a + rng.normal(shift, .06, 25)) for i, shift in enumerate([0, .01, .03, .02])]).paired
+    p, h = got.p.astype(float).to_numpy(), got.p_holm.astype(float).to_numpy()
+    order = np.argsort(p)
+    assert np.allclose(h[order], np.minimum(np.maximum.accumulate(p[order] * [3, 2, 1]), 1), rtol=.06)
+    assert "3 comparisons of each metric" in str(compare("runs/run0", "runs/run1", "runs/run2", "runs/run3")) and list(compare("runs/run0", "runs/run1").paired.p) == list(compare("runs/run0", "runs/run1").paired.p_holm)
+
+
+def test_each_is_compared_with_its_own_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a = np.random.default_rng(0).uniform(.2, .6, 20)
+    runs = [r for k in (0, 20) for i, x in enumerate(["none", "mona", "gain"]) for r in arm(x, k, [1, 2], a + i / 10 - k / 100)]
+    both = compare(*runs, base="adapter=none")
+    d = both.paired.set_index("run")
+    assert len(d) == 4 and all(d["from"][n] == n.replace("mona", "none").replace("gain", "none") for n in d.index)
+    assert all(d["difference [95 % interval]"][n].startswith("+0.100" if "mona" in n else "+0.200") for n in d.index) and "the same run with adapter=none" in str(both)
+    assert not external(both.save("c.html").read_text()) and both.hash != compare(*runs).hash
+    assert any("gain, shots=20: there is no run with adapter=none" in n for n in compare(*runs[:6], *runs[10:], base="adapter=none").notes)
+    for odd, says in [("adapter=lora", "there are none, mona, gain"), ("seed=1", "what differs: adapter, shots"), ("adapter", "no run has adapter ''")]:
+        with pytest.raises(ValueError, match=says): compare(*runs, base=odd)
+
+
+def test_many_arms_stay_readable(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a = np.random.default_rng(0).uniform(.2, .6, 12)
+    runs = [r for k in range(2) for x in range(12) for r in arm(f"adapter{x}", k, [1, 2], a)]
+    both = compare(*runs, base="adapter=adapter0")
+    page = both.save("c.html").read_text()
+    rows = re.findall(r"<th>(adapter=adapter\d+, shots=\d)</th>", page)
+    assert rows == [f"adapter=adapter{x}, shots={k}" for k in range(2) for x in range(12)] and both.figure().get_size_inches()[1] > 8 and "base64" in page
+
+
+def test_words_stand_for_runs_or_sweeps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n in ("aa-one", "bb-two"): fake(n, [.5, .6])
+    for h, names in [("11", ["bb-two", "aa-one"]), ("12", ["cc-three"])]: Path(f"runs/sweep-{h}.json").write_text(json.dumps({"runs": names}))
+    assert [[r.name for r in find_runs(w)] for w in ("aa", "sweep-11", "runs/sweep-11.json")] == [["aa-one"], ["bb-two", "aa-one"], ["bb-two", "aa-one"]]
+    for odd, says in [("sweep-1", "beginning of 2 sweeps: sweep-11, sweep-12"), ("sweep-12", "none of its 1 runs is finished"), ("sweep-2", "no sweep 'sweep-2' in runs"), ("zz", "no run 'zz'")]:
+        with pytest.raises(FileNotFoundError, match=says): find_runs(odd)
+
 
 def test_paired_differences_are_the_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -203,6 +203,38 @@ def test_accumulation_is_a_larger_batch(tmp_path_factory, n, b, k):
     np.testing.assert_allclose(out[0][0], out[1][0], rtol=1e-5)
     torch.testing.assert_close(out[0][1], out[1][1], rtol=0, atol=1e-6)
 
+class Pairs(Toy):
+    "A loss over all pairs of the update's images; `joint` tells each batch of the others, those of other processes too."
+    calls = 0
+    def embed(self, batch): return self.head(self.base(batch['image']))
+    def forward(self, batch):
+        x = self.embed(batch)
+        x = torch.cat([x, batch.get('others', x[:0])])
+        return dict(loss=(x @ x.T - 1).square().mean(), output=x)
+    def joint(self, parts):
+        self.calls += 1
+        with torch.no_grad(): seen = [self.embed(b) for b in parts]
+        far = []
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(every := [None] * torch.distributed.get_world_size(), torch.cat(seen))
+            far = [e for r, e in enumerate(every) if r != torch.distributed.get_rank()]
+        for i, b in enumerate(parts): yield b | dict(others=torch.cat([seen[0][:0], *seen[:i], *seen[i + 1:], *far]))
+
+def pairs(folder, task=None, **c):
+    task = task or Pairs(dropout=0, norm=False)
+    return run(folder, task, config=replace(CONFIG, **dict(epochs=2, batch_size=8, accumulate=1) | c), score=None, valid=False)
+
+def test_a_joint_loss_sees_the_whole_update(tmp_path):
+    "Its update is that of one large batch (also a last one that is smaller); without `joint` it would not be, and with one batch an update nobody asks."
+    Plain = type('Plain', (Pairs,), dict(joint=property()))          # has no attribute joint
+    assert not hasattr(Plain(), 'joint')
+    (ha, a), (hb, b), (hc, c) = pairs(tmp_path / 'a', batch_size=16), pairs(tmp_path / 'b', batch_size=4, accumulate=4), pairs(tmp_path / 'c', Plain(dropout=0, norm=False), batch_size=4, accumulate=4)
+    flat = lambda t: torch.cat([p.detach().flatten() for p in t.parameters()])
+    assert a.calls == 0 and b.calls == 4
+    np.testing.assert_allclose(ha.train_loss, hb.train_loss, rtol=1e-4)
+    torch.testing.assert_close(flat(a), flat(b), rtol=0, atol=1e-4)
+    assert (flat(a) - flat(c)).abs().max() > 1e-2
+
 @given(lr=st.floats(1e-6, 1), part=st.floats(0, 1), total=st.integers(1, 60))
 def test_cosine_is_torch_s_and_falls(lr, part, total):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
@@ -257,6 +289,7 @@ def rank(folder, rank, port):
     for name in 'ab':   # twice in one process
         history, task = run(folder / name, Toy(dropout=0, norm=False), Data(24), TWO, score=lambda *a: rank + 1.)
         assert history.score.dropna().tolist() == [1.] and type(task) is Toy
+    pairs(folder / 'pairs')
     halt = Data(23)                                        # 23: the last batch does not divide
     halt.set_epoch = lambda e: (_ for _ in ()).throw(KeyboardInterrupt) if e == 2 else None
     with pytest.raises(KeyboardInterrupt): run(folder / 'c', train=halt, config=TWO)
@@ -279,6 +312,16 @@ def test_two_processes_are_one(tmp_path):
         torch.testing.assert_close(a[k], c[k], rtol=0, atol=1e-5)
     two = pd.read_csv(tmp_path / 'a/history.csv')
     np.testing.assert_allclose(two[['train_loss', 'valid_loss', 'score']], one[['train_loss', 'valid_loss', 'score']], rtol=1e-5)
+    pairs(tmp_path / 'one pairs')
+    d, e = (load_file(tmp_path / n / 'best.safetensors') for n in ('pairs', 'one pairs'))
+    for k in e: torch.testing.assert_close(d[k], e[k], rtol=0, atol=1e-4)
+
+
+def test_of_takes_its_own_and_leaves_the_rest():
+    given = dict(epochs=3, lr=.1, manifest='phantom', head='', np=np, accumulate=4)
+    assert TrainConfig.of(given) == TrainConfig.of(**given) == TrainConfig(epochs=3, lr=.1, accumulate=4) and TrainConfig.of() == TrainConfig()
+    assert TrainConfig.of(given, lr=.2).lr == .2 and TrainConfig.of(globals()) == TrainConfig()
+    with pytest.raises(ValueError, match='epochs=0'): TrainConfig.of(dict(epochs=0))
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
