@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Usage', 'parse_assignments', 'parse_each', 'parser', 'main']
 
-# %% ../nbs/api/16_cli.ipynb #102d0780
+# %% ../nbs/api/16_cli.ipynb #9ebb971a
 import argparse, contextlib, difflib, errno, itertools, os, sys, warnings
 from pathlib import Path
 
-# %% ../nbs/api/16_cli.ipynb #d523e755
+# %% ../nbs/api/16_cli.ipynb #7dd55a30
 class Usage(ValueError):
     "The command itself is wrong: exit code 2."
 
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("version", "print the version")
     return top
 
-# %% ../nbs/api/16_cli.ipynb #03a83eb4
+# %% ../nbs/api/16_cli.ipynb #c2557cd5
 def _execute(template, args):
     from htlab.report import check_parameters, execute, find_template
     given = parse_assignments(args.p)
@@ -131,13 +131,13 @@ def _data(args):
 
 def _backbones(args):
     from htlab.backbone import list_backbones
-    print(list_backbones().to_string())
+    print(list_backbones().to_string(index=False))
 
 def _version(args=None):
     from htlab import __version__
     print(__version__)
 
-# %% ../nbs/api/16_cli.ipynb #70c5b8a5
+# %% ../nbs/api/16_cli.ipynb #5c5e8eb5
 def _one_line(e: BaseException) -> str:
     if isinstance(e, OSError) and e.errno == errno.ENOSPC and not e.filename: return "no space left on the disk; make room and give the same command again, nothing half-made counts as finished"
     if isinstance(e, OSError) and e.strerror: return f"{e.strerror}{f': {e.filename}' if e.filename else ''}"

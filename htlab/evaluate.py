@@ -7,10 +7,10 @@ __all__ = ['case_metrics', 'evaluate_segmentation', 'evaluate_classification', '
            'paired', 'paired_pooled', 'holm', 'retrieval_cases', 'calibration', 'fit_temperature', 'tempered',
            'dice_score', 'auroc_score', 'loglik_score']
 
-# %% ../nbs/api/10_evaluate.ipynb #c1444a9d
+# %% ../nbs/api/10_evaluate.ipynb #ed08cdeb
 import math
 
-# %% ../nbs/api/10_evaluate.ipynb #7fa75f37
+# %% ../nbs/api/10_evaluate.ipynb #a6471829
 import numpy as np
 import pandas as pd
 import torch
@@ -21,7 +21,7 @@ from scipy.stats import wilcoxon
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/api/10_evaluate.ipynb #67bcdf1f
+# %% ../nbs/api/10_evaluate.ipynb #9a3ea959
 POLICIES = {'diagonal': 'missed lesions and false alarms: distance = image diagonal; both empty: perfect',
             'nan': 'missed lesions and false alarms: distance not scored (flatters a model that misses); both empty: perfect',
             'same caption': 'an answer with the same caption is right; the gallery stays whole in every draw; ties count against',
@@ -37,7 +37,7 @@ def _binary(mask, name):
 
 def _contour(mask): return np.argwhere(mask & ~binary_erosion(mask))   # pixels on the image's rim belong to it
 
-# %% ../nbs/api/10_evaluate.ipynb #da843abb
+# %% ../nbs/api/10_evaluate.ipynb #59c06959
 def case_metrics(
     pred,                     # predicted mask (H, W), bool or 0/1
     true,                     # true mask (H, W), bool or 0/1; all 0: no lesion
@@ -66,7 +66,7 @@ def case_metrics(
     return dict(dice=2 * both / (a + b) if either else 1., iou=both / either if either else 1., hd95=hd95, asd=asd, hd95_mm=hd95 * mm, asd_mm=asd * mm,
                 area_true=b, area_pred=a, missed=bool(b and not a), false_alarm=bool(a and not b))
 
-# %% ../nbs/api/10_evaluate.ipynb #40826a84
+# %% ../nbs/api/10_evaluate.ipynb #6ca16c75
 def _predictions(task, dataset, batch_size, device, progress):
     "(index, probabilities on the CPU in fp32, item) of each case; the task is in eval mode meanwhile, and as before afterwards."
     if getattr(dataset, 'augment', False): raise ValueError('the data set augments its images: evaluate with augment=False')
@@ -96,7 +96,7 @@ def _who(row):
     group = row.get('group')
     return dict(id=str(row['id']), group=str(row['id'] if group is None or pd.isna(group) else group), label=row.get('label'))
 
-# %% ../nbs/api/10_evaluate.ipynb #04f60f1b
+# %% ../nbs/api/10_evaluate.ipynb #c7e97437
 def evaluate_segmentation(
     task,                     # `task.predict(batch)` -> probabilities (B, C, H, W)
     dataset,                  # items image, mask, label, id; `native_mask(i)`, `to_native(map, i)`, `row(i)`
@@ -112,7 +112,7 @@ def evaluate_segmentation(
         cases.append(_who(row) | case_metrics(pred, dataset.native_mask(i), row.get('spacing_mm'), empty) | dict(policy=empty))
     return pd.DataFrame(cases)
 
-# %% ../nbs/api/10_evaluate.ipynb #8dd25e1d
+# %% ../nbs/api/10_evaluate.ipynb #31cee12d
 def evaluate_classification(
     task,                   # `task.predict(batch)` -> probabilities (B, C)
     dataset,                # items image, label, id; `row(i)`
@@ -126,7 +126,7 @@ def evaluate_classification(
         cases.append(_who(dataset.row(i)) | dict(y=int(item['label'])) | {f'p_{c}': v for c, v in enumerate(p.tolist())} | dict(pred=int(p.argmax())))
     return pd.DataFrame(cases)
 
-# %% ../nbs/api/10_evaluate.ipynb #6defb4d6
+# %% ../nbs/api/10_evaluate.ipynb #9423c700
 def _draws(groups, n_boot, seed):
     "(n_boot, G) how often each of G groups is drawn; one row sums to G."
     return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=n_boot).astype(float)
@@ -137,7 +137,7 @@ def _interval(values, level, groups):
     if groups < 2 or not len(values): return math.nan, math.nan
     return tuple(float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
 
-# %% ../nbs/api/10_evaluate.ipynb #e4cfee96
+# %% ../nbs/api/10_evaluate.ipynb #c65eada5
 WHOLE = ('auroc', 'f1', 'ece')   # of all cases together: no single case has a value
 RANKS = (1, 2, 5, 10)            # k of recall@k
 
@@ -182,7 +182,7 @@ def _bins(confidence, bins):
 def _ece(cases, w, bins=10):
     "(B,) expected calibration error under weights w (B, n); the bins are those of all cases."
     p = _probabilities(cases)
-    gap = p.max(1) - (p.argmax(1) == cases.y)
+    gap = p.max(1) - (p.argmax(1) == cases.y.to_numpy())
     return np.abs(w @ ((_bins(p.max(1), bins)[:, None] == np.arange(bins)) * gap[:, None])).sum(1) / w.sum(1)
 
 def _column(cases, metric):
@@ -211,7 +211,7 @@ def _resampled(runs, metric, n_boot, seed):
     boot = np.concatenate([mean(draws[i:i + step, group]) for i in range(0, n_boot, step)])
     return float(mean(np.ones((1, len(group))))[0]), boot, len(names)
 
-# %% ../nbs/api/10_evaluate.ipynb #96c8b2fe
+# %% ../nbs/api/10_evaluate.ipynb #4ccb4e70
 class Summary(pd.DataFrame):
     "A table of metrics with intervals; `to_dict()` is ready for JSON."
     _metadata = ['note']
@@ -234,7 +234,7 @@ class Summary(pd.DataFrame):
         plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v.item() if isinstance(v, np.generic) else v
         return {m: {k: plain(v) for k, v in r.items()} for m, r in super().to_dict('index').items()}
 
-# %% ../nbs/api/10_evaluate.ipynb #ea222609
+# %% ../nbs/api/10_evaluate.ipynb #a584a543
 def summarise(
     cases: pd.DataFrame,   # from `evaluate_segmentation` or `evaluate_classification` (or their csv)
     metrics: list = None,  # names; None: all that the cases allow
@@ -299,7 +299,26 @@ def _check(cases):
     if len(twice): raise ValueError(f'id {twice.iloc[0]!r} occurs twice in the cases')
     if cases['group'].isna().any(): raise ValueError(f"id {cases['id'][cases['group'].isna()].iloc[0]!r} has no group")
 
-# %% ../nbs/api/10_evaluate.ipynb #fb905b6e
+def _aligned(runs):
+    "Frames of the same cases, in the order of the first; a clear error if they are not."
+    runs = list(runs)
+    if not runs: raise ValueError('no cases: the list of runs is empty')
+    for c in runs: _check(c)
+    first, *others = (c.assign(id=c['id'].astype(str), policy=_policy(c)).set_index('id', drop=False) for c in runs)
+    out = [first]
+    for c in others:
+        odd = sorted(first.index.symmetric_difference(c.index))
+        if odd: raise ValueError(f"the two sets of cases differ in {len(odd)} id(s): {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}")
+        c = c.loc[first.index]
+        for k in ('group', 'y', 'area_true', 'policy'):
+            if (k in first) != (k in c): raise ValueError(f'column {k!r} is in one set of cases only: they are not of one kind')
+            if k in first and (differ := first[k].astype(str) != c[k].astype(str)).any():
+                at = differ.index[differ][0]
+                raise ValueError(f'id {at}: {k} is {first[k][at]!r} in one set of cases and {c[k][at]!r} in the other')
+        out.append(c)
+    return [c.reset_index(drop=True) for c in out]
+
+# %% ../nbs/api/10_evaluate.ipynb #09f2aa4e
 def paired(
     cases_a: pd.DataFrame,  # one model
     cases_b: pd.DataFrame,  # the other, on the same cases in any order
@@ -316,25 +335,6 @@ def paired(
     """
     found = paired_pooled([cases_a], [cases_b], metric, level, n_boot, seed)
     return {k: v for k, v in found.items() if k != 'seeds'}
-
-def _aligned(runs, what='runs'):
-    "Frames of the same cases, in the order of the first; a clear error if they are not."
-    runs = list(runs)
-    if not runs: raise ValueError(f'no cases: the list of {what} is empty')
-    for c in runs: _check(c)
-    first, *others = (c.assign(id=c['id'].astype(str), policy=_policy(c)).set_index('id', drop=False) for c in runs)
-    out = [first]
-    for c in others:
-        odd = sorted(first.index.symmetric_difference(c.index))
-        if odd: raise ValueError(f"the two sets of cases differ in {len(odd)} id(s): {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}")
-        c = c.loc[first.index]
-        for k in ('group', 'y', 'area_true', 'policy'):
-            if (k in first) != (k in c): raise ValueError(f'column {k!r} is in one set of cases only: they are not of one kind')
-            if k in first and (differ := first[k].astype(str) != c[k].astype(str)).any():
-                at = differ.index[differ][0]
-                raise ValueError(f'id {at}: {k} is {first[k][at]!r} in one set of cases and {c[k][at]!r} in the other')
-        out.append(c)
-    return [c.reset_index(drop=True) for c in out]
 
 def paired_pooled(
     runs_a: list,           # one model: a frame of cases per seed
@@ -370,7 +370,7 @@ def paired_pooled(
     lo, hi = _interval(boot, level, groups)
     return dict(metric=metric, n=n, total=total, groups=groups, a=float(va), b=float(vb), diff=float(diff), lo=lo, hi=hi, p=float(p), test=test, seeds=min(len(a), len(b)))
 
-# %% ../nbs/api/10_evaluate.ipynb #2d761da6
+# %% ../nbs/api/10_evaluate.ipynb #4c0481d7
 def holm(p_values) -> np.ndarray:   # adjusted p-values, in the order given; NaN stays NaN and does not count
     "p-values adjusted for testing them all (Holm 1979): sorted, times the number of hypotheses left, never falling, at most 1."
     p = np.asarray(p_values, float)
@@ -378,7 +378,7 @@ def holm(p_values) -> np.ndarray:   # adjusted p-values, in the order given; NaN
     out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return out
 
-# %% ../nbs/api/10_evaluate.ipynb #b6c2491a
+# %% ../nbs/api/10_evaluate.ipynb #79f1d046
 def retrieval_cases(
     image_embeddings,      # (N, E), of any length; array or tensor
     text_embeddings,       # (N, E): row i is the caption of image i
@@ -407,7 +407,7 @@ def retrieval_cases(
                                       gallery=n, right=right.sum(1), policy='own pair' if strict else 'same caption')))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/api/10_evaluate.ipynb #efd3f570
+# %% ../nbs/api/10_evaluate.ipynb #9d053251
 def calibration(
     cases: pd.DataFrame,   # from `evaluate_classification`
     bins: int = 10,        # of equal mass, in the table; `ece` always has ten
@@ -451,7 +451,7 @@ def tempered(cases: pd.DataFrame,   # from `evaluate_classification`
     p = np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True))
     return cases.assign(**{f'p_{c}': p[:, c] for c in range(p.shape[1])})
 
-# %% ../nbs/api/10_evaluate.ipynb #a84f20dd
+# %% ../nbs/api/10_evaluate.ipynb #4385e58b
 def dice_score(
     task,                  # `task.predict(batch)` -> (B, C, H, W)
     dataset,               # items with image, mask, label, id

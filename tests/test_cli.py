@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_report import fake, template
 
-from htlab.cli import main, parse_assignments
+from htlab.cli import main, parse_assignments, parse_each
 
 
 @pytest.fixture
@@ -27,6 +27,9 @@ def fails(capsys, code, *words):
     (["rum"], 2, "did you mean 'run'"), (["run"], 2, "required"), (["run", "absent.ipynb"], 2, "no such notebook"), (["run", "segmnet"], 2, "did you mean 'segment'"),
     (["run", "toy.ipynb", "-p", "sede=1"], 2, "did you mean 'seed'"), (["run", "toy.ipynb", "-p", "seed=x"], 2, "whole number"), (["run", "toy.ipynb", "-p", "seed"], 2, "name=value"),
     (["run", "toy.ipynb", "-p", "seed=1", "-p", "seed=2"], 2, "twice"), (["run", "toy.ipynb", "--agian"], 2, "--agian"),
+    (["run", "toy.ipynb", "--each", "seed=1,x"], 2, "seed='x'"), (["run", "toy.ipynb", "--each", "sede=1"], 2, "did you mean 'seed'"), (["run", "toy.ipynb", "--each", "seed"], 2, "--each seed: expected name=value"),
+    (["run", "toy.ipynb", "--each", "seed=1", "-p", "seed=1"], 2, "by -p and by --each"), (["run", "toy.ipynb", "--each", "seed=1", "--again"], 2, "--again"), (["run", "toy.ipynb", "--each", "seed=1,1"], 1, "the same run"),
+    (["compare", "sweep-1"], 1, "no sweep 'sweep-1'"), (["compare", "a", "b", "--base"], 2, "--base"),
     (["run", "segment", "-p", "manifest=absent"], 1, "absent"), (["run", "segment", "-p", "manifest=phantmo"], 1, "phantom"),
     (["compare", "a"], 2, "two runs"), (["compare", "a", "b"], 1, "no run 'a'"), (["data"], 2, "required|COMMAND"), (["data", "import", "bsui", "x"], 2, "did you mean 'busi'"),
     (["data", "import", "busi", "absent"], 1, "absent")])
@@ -58,6 +61,23 @@ def test_compare_prints_and_writes(toy, capsys):
     assert main(["compare", "aa", "bb"]) == 0
     out = capsys.readouterr().out
     assert "+0.200 [+0.200, +0.200]" in out and Path(out.strip().splitlines()[-1].removeprefix("report: ")).is_file()
+
+
+def test_a_sweep_from_the_command_line_and_its_comparison(toy, capsys):
+    assert main(["run", toy, "--each", "value=.5,.9", "--each", "seed=1,2", "-p", "name=y"]) == 0
+    out, err = capsys.readouterr()
+    *lines, last = out.strip().splitlines()
+    assert len(lines) == 4 and all(line.startswith(f"{i} of 4  ") and "computed in" in line for i, line in enumerate(lines, 1)) and last.startswith("htlab compare sweep-") and "%|" not in err
+    assert main(["run", toy, "--each", "value=.5,.9", "--each", "seed=1,2", "-p", "name=y"]) == 0 and capsys.readouterr().out.count("found") == 4
+    assert main([*last.split()[1:], "--base", "value=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "value=0.9" in out and "+0.200" in out and "the same run with value=0.5" in out and Path(out.strip().splitlines()[-1].removeprefix("report: ")).is_file()
+    assert "fail=yes" not in out and "1 of 2 runs failed" in fails(capsys, 1, "run", toy, "--each", "fail=yes,no", "-p", "value=.9", "-p", "name=y", "-p", "seed=1")[-1]
+    assert parse_each(["a=1, 2", "b=1,2;3", "c="]) == {"a": ["1", "2"], "b": ["1,2", "3"], "c": [""]}
+
+
+def test_backbones_are_listed(toy, capsys):
+    assert main(["backbones"]) == 0 and "tiny" in capsys.readouterr().out
 
 
 def test_small_commands(toy, capsys):
