@@ -6,7 +6,7 @@
 __all__ = ['PAD', 'UNK', 'SOT', 'EOT', 'TINY', 'TOWERS', 'Backbone', 'weights_hash', 'tiny_vocab', 'tiny_tokenizer', 'conv_stem',
            'build_tiny', 'save_tiny', 'list_backbones', 'load_backbone']
 
-# %% ../nbs/api/04_backbone.ipynb #a0e0731c
+# %% ../nbs/api/04_backbone.ipynb #35801504
 import hashlib, json, os, socket, sys, tempfile, warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -37,7 +37,7 @@ from torch import nn
 
 import htlab
 
-# %% ../nbs/api/04_backbone.ipynb #10334052
+# %% ../nbs/api/04_backbone.ipynb #b122087a
 class Backbone(nn.Module):
     """A frozen image tower (with its text tower, if it has one) that knows its own preprocessing.
 
@@ -205,7 +205,7 @@ class Backbone(nn.Module):
                 'weights': f'{self.source} · {self.hash[:12]}'}
         return f'<table><caption><b>{escape(self.name)}</b></caption>' + ''.join(f'<tr><th>{k}</th><td>{escape(v)}</td></tr>' for k, v in rows.items()) + '</table>'
 
-# %% ../nbs/api/04_backbone.ipynb #ed422dcb
+# %% ../nbs/api/04_backbone.ipynb #95d20d6d
 def _triple(field, v):
     "One number or three -> three floats."
     try: v = tuple(float(u) for u in ([v] * 3 if isinstance(v, (int, float)) else v))
@@ -215,7 +215,7 @@ def _triple(field, v):
 
 def _short(t): return f'{t[0]:g}' if len(set(t)) == 1 else '(' + ', '.join(f'{v:.3g}' for v in t) + ')'
 
-# %% ../nbs/api/04_backbone.ipynb #78a9dd20
+# %% ../nbs/api/04_backbone.ipynb #e44ff723
 def weights_hash(tower: nn.Module) -> str:
     """sha256 over names, shapes and float32 values of an image tower's weights: the identity of a base.
 
@@ -228,7 +228,7 @@ def weights_hash(tower: nn.Module) -> str:
         h.update(v.detach().float().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/api/04_backbone.ipynb #a803ed05
+# %% ../nbs/api/04_backbone.ipynb #b6fb5128
 PAD, UNK, SOT, EOT = '<pad>', '<unk>', '<start_of_text>', '<end_of_text>'
 TINY = dict(embed_dim=128, stem=[32, 64],
             vision_cfg=dict(image_size=112, patch_size=8, width=128, layers=6, head_width=32),
@@ -259,7 +259,7 @@ class tiny_tokenizer:
             row[:len(ids) + 2] = torch.tensor([2, *ids, len(self.vocab) - 1])
         return out
 
-# %% ../nbs/api/04_backbone.ipynb #d30d9b7c
+# %% ../nbs/api/04_backbone.ipynb #a0ce0307
 def conv_stem(width: int, channels: list) -> nn.Sequential:
     "3 x 3 convolutions of stride 2 in place of one large patch convolution (Xiao et al. 2021, Early Convolutions Help Transformers See Better)."
     steps = zip([3, *channels], channels)
@@ -295,7 +295,7 @@ def save_tiny(model: CLIP,            # from `build_tiny`, trained
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/api/04_backbone.ipynb #156b7ecb
+# %% ../nbs/api/04_backbone.ipynb #b17929f5
 ASSET = Path(htlab.__file__).parent / 'assets' / 'tiny.safetensors'
 SUFFIXES = ('.safetensors', '.pt', '.pth', '.bin', '.ckpt')
 
@@ -352,7 +352,7 @@ def _why(e): return next((l.strip() for l in str(e).splitlines() if l.strip()), 
 def _offline(what, e):
     return ConnectionError(f"{what} could not be fetched ({_why(e)}): go online once, or give weights=FILE or FOLDER, or weights='random' for an untrained tower")
 
-# %% ../nbs/api/04_backbone.ipynb #02ae5b24
+# %% ../nbs/api/04_backbone.ipynb #d558a777
 def _json(file):
     try: return json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"'{file}' is not JSON: {e}") from None
@@ -384,10 +384,10 @@ def _which(name, path):
     if name in ('', 'timm', 'open_clip', 'clipseg') and path and path.is_dir(): return _config(path, name or None)[0], name * (name == 'clipseg')
     if lib in ('timm', 'open_clip') and arch: return lib, arch
     if _known(name): return _known(name), name
-    near = get_close_matches(name, [*TOWERS, *timm.list_models(), *open_clip.list_models()], 3, .5)
+    near = get_close_matches(name, list(dict.fromkeys([*TOWERS, *timm.list_models(), *open_clip.list_models()])), 3, .5)
     raise ValueError(f"unknown backbone '{name}'; nearest: {', '.join(near) or 'tiny'}")
 
-# %% ../nbs/api/04_backbone.ipynb #27300b08
+# %% ../nbs/api/04_backbone.ipynb #61053b62
 TINY_TEXTS = ['ultrasound scan image sonogram of the breast thyroid lymph node prostate showing a benign or malignant lesion mass nodule in with, '
               'oval round irregular lobulated shape circumscribed indistinct spiculated margin not parallel orientation '
               'anechoic hypoechoic isoechoic hyperechoic posterior enhancement shadowing no posterior features calcifications']
@@ -410,7 +410,7 @@ def _tiny(arch, weights, path, text, size, seed):
     pre = dict(mean=json.loads(meta['mean']), std=json.loads(meta['std']), interpolation=meta['interpolation'])
     return model if text else model.visual, pre, tiny_tokenizer(vocab, cfg['text_cfg']['context_length']), file
 
-# %% ../nbs/api/04_backbone.ipynb #feb3af81
+# %% ../nbs/api/04_backbone.ipynb #6c9e8f18
 def _timm(arch, weights, path, text, size, seed):
     folder, tagged = path if path and path.is_dir() else None, arch
     if folder:
@@ -445,7 +445,7 @@ def _timm(arch, weights, path, text, size, seed):
         model.set_input_size(img_size=size)
     return model, cfg, None, weights if weights == 'random' else path.name if path else "timm's own"
 
-# %% ../nbs/api/04_backbone.ipynb #cdfc548a
+# %% ../nbs/api/04_backbone.ipynb #495ac87b
 def _gelu(arch, cfg, trained, what):
     if bool(trained) == bool(cfg.get('quick_gelu')): return
     kind = lambda quick: 'QuickGELU' if quick else 'GELU'
@@ -526,7 +526,7 @@ def _open_clip(arch, weights, path, text, size, seed):
     if size and timm_tower: _divides(size, visual.trunk.patch_embed.patch_size); visual.set_input_size(size)
     return model, pre, tok, 'random' if not file else path.name if path and path.exists() else f"open_clip's '{tag}'"
 
-# %% ../nbs/api/04_backbone.ipynb #e3a0fbc5
+# %% ../nbs/api/04_backbone.ipynb #fd94e03c
 _pubmed = dict(hf_model_name='microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract', hf_tokenizer_name='microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract',
                hf_proj_type='mlp', hf_pooler_type='cls_last_hidden_state_pooler', context_length=256)
 OWN = dict(biomedclip=dict(embed_dim=512, vision_cfg=dict(timm_model_name='vit_base_patch16_224', timm_pool='', timm_proj='linear', image_size=224), text_cfg=_pubmed),
@@ -569,7 +569,7 @@ def _words(words, beside, arch, bert):
     if bert and len(tok.tokenizer) > bert.vocab_size: raise ValueError(f'the tokenizer has {len(tok.tokenizer)} entries, the text tower {bert.vocab_size}: they do not belong together')
     return tok
 
-# %% ../nbs/api/04_backbone.ipynb #a1cf86a8
+# %% ../nbs/api/04_backbone.ipynb #538756d2
 class _Vision(nn.Module):
     "CLIPSeg's image tower under open_clip's names."
     def __init__(self, clip, size):
@@ -637,7 +637,7 @@ def _clipseg(arch, weights, path, text, size, seed):
     pre = dict(mean=pre['image_mean'], std=pre['image_std'], interpolation=('nearest', 'lanczos', 'bilinear', 'bicubic')[pre['resample']])
     return model if text else model.visual, pre, tok, weights if weights == 'random' else path.name
 
-# %% ../nbs/api/04_backbone.ipynb #3f972d27
+# %% ../nbs/api/04_backbone.ipynb #d4637f2f
 _tower = lambda what, params, licence, text, prefix, size, hub=None, files=(), arch=None, weights=None: SimpleNamespace(**locals())
 _clip_files, _hf_files = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin'), ('model.safetensors', 'pytorch_model.bin')
 TOWERS = {
@@ -680,7 +680,7 @@ def _snapshot(name):
             raise FileNotFoundError(f'{t.hub} has no {" or ".join(t.files)}')
     except Exception as e: raise _offline(f"'{name}' ({t.hub})", e) from None
 
-# %% ../nbs/api/04_backbone.ipynb #9e70e95b
+# %% ../nbs/api/04_backbone.ipynb #b219ff60
 def load_backbone(name: str = 'tiny',       # a row of `list_backbones`; any timm ViT or ResNet, or 'timm/...'; any open_clip ViT, or 'open_clip/...'; or a folder
                   weights=None,             # a file; a folder with its config; an open_clip tag; 'random'; None: the library's own, from the hub or its cache
                   text: bool = True,        # keep the text tower where there is one

@@ -7,10 +7,10 @@ __all__ = ['case_metrics', 'evaluate_segmentation', 'evaluate_classification', '
            'paired', 'paired_pooled', 'holm', 'retrieval_cases', 'calibration', 'fit_temperature', 'tempered',
            'dice_score', 'auroc_score', 'loglik_score']
 
-# %% ../nbs/api/10_evaluate.ipynb #ed08cdeb
+# %% ../nbs/api/10_evaluate.ipynb #5037f234
 import math
 
-# %% ../nbs/api/10_evaluate.ipynb #a6471829
+# %% ../nbs/api/10_evaluate.ipynb #c167ccd2
 import numpy as np
 import pandas as pd
 import torch
@@ -21,7 +21,7 @@ from scipy.stats import wilcoxon
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/api/10_evaluate.ipynb #9a3ea959
+# %% ../nbs/api/10_evaluate.ipynb #b3939855
 POLICIES = {'diagonal': 'missed lesions and false alarms: distance = image diagonal; both empty: perfect',
             'nan': 'missed lesions and false alarms: distance not scored (flatters a model that misses); both empty: perfect',
             'same caption': 'an answer with the same caption is right; the gallery stays whole in every draw; ties count against',
@@ -37,7 +37,7 @@ def _binary(mask, name):
 
 def _contour(mask): return np.argwhere(mask & ~binary_erosion(mask))   # pixels on the image's rim belong to it
 
-# %% ../nbs/api/10_evaluate.ipynb #59c06959
+# %% ../nbs/api/10_evaluate.ipynb #d6d653be
 def case_metrics(
     pred,                     # predicted mask (H, W), bool or 0/1
     true,                     # true mask (H, W), bool or 0/1; all 0: no lesion
@@ -66,7 +66,7 @@ def case_metrics(
     return dict(dice=2 * both / (a + b) if either else 1., iou=both / either if either else 1., hd95=hd95, asd=asd, hd95_mm=hd95 * mm, asd_mm=asd * mm,
                 area_true=b, area_pred=a, missed=bool(b and not a), false_alarm=bool(a and not b))
 
-# %% ../nbs/api/10_evaluate.ipynb #6ca16c75
+# %% ../nbs/api/10_evaluate.ipynb #b44f49d7
 def _predictions(task, dataset, batch_size, device, progress):
     "(index, probabilities on the CPU in fp32, item) of each case; the task is in eval mode meanwhile, and as before afterwards."
     if getattr(dataset, 'augment', False): raise ValueError('the data set augments its images: evaluate with augment=False')
@@ -96,7 +96,7 @@ def _who(row):
     group = row.get('group')
     return dict(id=str(row['id']), group=str(row['id'] if group is None or pd.isna(group) else group), label=row.get('label'))
 
-# %% ../nbs/api/10_evaluate.ipynb #c7e97437
+# %% ../nbs/api/10_evaluate.ipynb #471dc983
 def evaluate_segmentation(
     task,                     # `task.predict(batch)` -> probabilities (B, C, H, W)
     dataset,                  # items image, mask, label, id; `native_mask(i)`, `to_native(map, i)`, `row(i)`
@@ -112,7 +112,7 @@ def evaluate_segmentation(
         cases.append(_who(row) | case_metrics(pred, dataset.native_mask(i), row.get('spacing_mm'), empty) | dict(policy=empty))
     return pd.DataFrame(cases)
 
-# %% ../nbs/api/10_evaluate.ipynb #31cee12d
+# %% ../nbs/api/10_evaluate.ipynb #f6a8ef4e
 def evaluate_classification(
     task,                   # `task.predict(batch)` -> probabilities (B, C)
     dataset,                # items image, label, id; `row(i)`
@@ -126,7 +126,7 @@ def evaluate_classification(
         cases.append(_who(dataset.row(i)) | dict(y=int(item['label'])) | {f'p_{c}': v for c, v in enumerate(p.tolist())} | dict(pred=int(p.argmax())))
     return pd.DataFrame(cases)
 
-# %% ../nbs/api/10_evaluate.ipynb #9423c700
+# %% ../nbs/api/10_evaluate.ipynb #818cd84c
 def _draws(groups, n_boot, seed):
     "(n_boot, G) how often each of G groups is drawn; one row sums to G."
     return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=n_boot).astype(float)
@@ -137,7 +137,7 @@ def _interval(values, level, groups):
     if groups < 2 or not len(values): return math.nan, math.nan
     return tuple(float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
 
-# %% ../nbs/api/10_evaluate.ipynb #c65eada5
+# %% ../nbs/api/10_evaluate.ipynb #b8c8a7b6
 WHOLE = ('auroc', 'f1', 'ece')   # of all cases together: no single case has a value
 RANKS = (1, 2, 5, 10)            # k of recall@k
 
@@ -192,7 +192,7 @@ def _column(cases, metric):
         p = _probabilities(cases)
         return ((p - np.eye(p.shape[1])[cases.y]) ** 2).sum(1) / (2 if p.shape[1] == 2 else 1)
     direction, _, k = metric.rpartition('recall@')
-    if 'rank' in cases and k.isdigit() and int(k): return np.where(cases.direction.eq(direction.strip()) | (not direction), cases['rank'] <= int(k), math.nan)
+    if 'rank' in cases and k.isdigit() and int(k) and (not direction or direction.strip() in set(cases.direction)): return np.where(cases.direction.eq(direction.strip()) | (not direction), cases['rank'] <= int(k), math.nan)
     if metric not in cases or not pd.api.types.is_numeric_dtype(cases[metric]):
         raise ValueError(f'no metric {metric!r} in these cases; there are: ' + ', '.join(_metrics(cases) + ['ece', 'brier'] * ('p_0' in cases)))
     return cases[metric].to_numpy(float)
@@ -209,9 +209,11 @@ def _resampled(runs, metric, n_boot, seed):
     step = max(1, 4_000_000 // len(group))
     mean = lambda w: np.mean([_statistic(c, metric, w) for c in runs], axis=0)
     boot = np.concatenate([mean(draws[i:i + step, group]) for i in range(0, n_boot, step)])
-    return float(mean(np.ones((1, len(group))))[0]), boot, len(names)
+    value = float(mean(np.ones((1, len(group))))[0])
+    if metric == 'ece': boot = np.maximum(boot - boot.mean() + value, 0)      # repeated cases widen every gap: the draws are too large by their mean excess
+    return value, boot, len(names)
 
-# %% ../nbs/api/10_evaluate.ipynb #4ccb4e70
+# %% ../nbs/api/10_evaluate.ipynb #dd34c7d3
 class Summary(pd.DataFrame):
     "A table of metrics with intervals; `to_dict()` is ready for JSON."
     _metadata = ['note']
@@ -234,7 +236,7 @@ class Summary(pd.DataFrame):
         plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v.item() if isinstance(v, np.generic) else v
         return {m: {k: plain(v) for k, v in r.items()} for m, r in super().to_dict('index').items()}
 
-# %% ../nbs/api/10_evaluate.ipynb #a584a543
+# %% ../nbs/api/10_evaluate.ipynb #274de405
 def summarise(
     cases: pd.DataFrame,   # from `evaluate_segmentation` or `evaluate_classification` (or their csv)
     metrics: list = None,  # names; None: all that the cases allow
@@ -276,7 +278,7 @@ def summarise_pooled(
                        policy=policy, seeds=len(runs), seed_sd=float(np.std(each, ddof=1)) if len(runs) > 1 else math.nan)
     table = Summary.from_dict(rows, orient='index')
     table.index.name = 'metric'
-    what = POLICIES.get(policy, policy)
+    what = POLICIES.get(policy, policy) + (f"; gallery of {', '.join(map(str, sorted(set(cases['gallery']))))}" if 'gallery' in cases else '')
     table.note = f'{len(cases)} cases in {groups} groups' + (f', mean of {len(runs)} seeds' if len(runs) > 1 else '') + f'; {level:.0%} interval from {n_boot} draws of groups. {what}.'
     return table
 
@@ -310,7 +312,7 @@ def _aligned(runs):
         odd = sorted(first.index.symmetric_difference(c.index))
         if odd: raise ValueError(f"the two sets of cases differ in {len(odd)} id(s): {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}")
         c = c.loc[first.index]
-        for k in ('group', 'y', 'area_true', 'policy'):
+        for k in ('group', 'y', 'area_true', 'gallery', 'policy'):
             if (k in first) != (k in c): raise ValueError(f'column {k!r} is in one set of cases only: they are not of one kind')
             if k in first and (differ := first[k].astype(str) != c[k].astype(str)).any():
                 at = differ.index[differ][0]
@@ -318,7 +320,7 @@ def _aligned(runs):
         out.append(c)
     return [c.reset_index(drop=True) for c in out]
 
-# %% ../nbs/api/10_evaluate.ipynb #09f2aa4e
+# %% ../nbs/api/10_evaluate.ipynb #c7a74add
 def paired(
     cases_a: pd.DataFrame,  # one model
     cases_b: pd.DataFrame,  # the other, on the same cases in any order
@@ -370,7 +372,7 @@ def paired_pooled(
     lo, hi = _interval(boot, level, groups)
     return dict(metric=metric, n=n, total=total, groups=groups, a=float(va), b=float(vb), diff=float(diff), lo=lo, hi=hi, p=float(p), test=test, seeds=min(len(a), len(b)))
 
-# %% ../nbs/api/10_evaluate.ipynb #4c0481d7
+# %% ../nbs/api/10_evaluate.ipynb #d493baa8
 def holm(p_values) -> np.ndarray:   # adjusted p-values, in the order given; NaN stays NaN and does not count
     "p-values adjusted for testing them all (Holm 1979): sorted, times the number of hypotheses left, never falling, at most 1."
     p = np.asarray(p_values, float)
@@ -378,7 +380,7 @@ def holm(p_values) -> np.ndarray:   # adjusted p-values, in the order given; NaN
     out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return out
 
-# %% ../nbs/api/10_evaluate.ipynb #79f1d046
+# %% ../nbs/api/10_evaluate.ipynb #ad39a740
 def retrieval_cases(
     image_embeddings,      # (N, E), of any length; array or tensor
     text_embeddings,       # (N, E): row i is the caption of image i
@@ -407,7 +409,7 @@ def retrieval_cases(
                                       gallery=n, right=right.sum(1), policy='own pair' if strict else 'same caption')))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/api/10_evaluate.ipynb #9d053251
+# %% ../nbs/api/10_evaluate.ipynb #84ce5586
 def calibration(
     cases: pd.DataFrame,   # from `evaluate_classification`
     bins: int = 10,        # of equal mass, in the table; `ece` always has ten
@@ -451,7 +453,7 @@ def tempered(cases: pd.DataFrame,   # from `evaluate_classification`
     p = np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True))
     return cases.assign(**{f'p_{c}': p[:, c] for c in range(p.shape[1])})
 
-# %% ../nbs/api/10_evaluate.ipynb #4385e58b
+# %% ../nbs/api/10_evaluate.ipynb #802e7e5d
 def dice_score(
     task,                  # `task.predict(batch)` -> (B, C, H, W)
     dataset,               # items with image, mask, label, id

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['dice_ce', 'Task', 'Segment', 'PromptSegment', 'Classify', 'Contrast', 'load_released']
 
-# %% ../nbs/api/08_task.ipynb #579ce7de
+# %% ../nbs/api/08_task.ipynb #647eae11
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from .backbone import Backbone
-from .head import ClassifyHead, LinearHead, SegmentHead, ZeroShot, from_released
+from .head import ClassifyHead, CoOp, LinearHead, SegmentHead, ZeroShot, from_released
 from .inject import load_released_adapters, released_state
 
-# %% ../nbs/api/08_task.ipynb #07479353
+# %% ../nbs/api/08_task.ipynb #8cc3d046
 def dice_ce(logits: torch.Tensor,      # (B, C, H, W)
             mask: torch.Tensor,        # (B, H, W), whole numbers from 0 to C - 1
             smooth: float = 1e-5       # added to numerator and denominator
@@ -25,7 +25,7 @@ def dice_ce(logits: torch.Tensor,      # (B, C, H, W)
     dice = (2 * (p * q).sum((2, 3)) + smooth) / ((p**2 + q).sum((2, 3)) + smooth)      # q is its own square
     return (1 - dice).mean() + F.cross_entropy(logits, mask)
 
-# %% ../nbs/api/08_task.ipynb #e2b33e5d
+# %% ../nbs/api/08_task.ipynb #d3c7cc98
 class Task(nn.Module):
     """Base of all tasks: `task(batch)` -> {'loss', 'output'}, `task.predict(batch)` -> probabilities.
 
@@ -61,12 +61,12 @@ def _fit(backbone, head, taps):
     if hasattr(head, 'widths') or hasattr(head, 'taps'):
         taps = backbone.check_taps(taps)
         wants = list(head.widths) if hasattr(head, 'widths') else [head.width] * head.taps
-        gives = [backbone.widths[t] for t in taps] if getattr(backbone, 'kind', 'vit') == 'conv' else [backbone.width] * len(taps)
+        gives = [backbone.widths[t] for t in taps]
         say = lambda w: f"{len(w)} maps of width {', '.join(map(str, w if len(set(w)) > 1 else w[:1]))}"
         if wants != gives: raise ValueError(f"head takes {say(wants)}, backbone '{backbone.name}' gives {say(gives)} at taps {taps}")
-    elif isinstance(head, (LinearHead, ZeroShot)):
+    elif isinstance(head, (LinearHead, ZeroShot, CoOp)):
         if taps is not None: raise ValueError(f'{type(head).__name__} reads the embedding: leave taps out')
-        n = head.readout.in_features if isinstance(head, LinearHead) else head.weight.shape[1]
+        n = head.readout.in_features if isinstance(head, LinearHead) else head.weight.shape[1] if isinstance(head, ZeroShot) else backbone.embed_dim    # CoOp has the backbone's own sentences
         if n != backbone.embed_dim: raise ValueError(f"{type(head).__name__} takes embeddings of length {n}, backbone '{backbone.name}' gives {backbone.embed_dim}")
     elif taps is not None: taps = backbone.check_taps(taps)
     return taps
@@ -77,7 +77,7 @@ def _target(t, output, what):
     if t.min() < 0 or t.max() >= n: raise ValueError(f"{what} has values from {t.min()} to {t.max()}, the head knows classes 0 to {n - 1}")
     return t
 
-# %% ../nbs/api/08_task.ipynb #b4c770e2
+# %% ../nbs/api/08_task.ipynb #b926ec25
 class Segment(Task):
     "Which pixels are lesion: `dice_ce` (Qu et al. 2025, arXiv 2506.08849)."
     def __init__(self,
@@ -94,7 +94,7 @@ class Segment(Task):
 
     def loss(self, output, batch): return dice_ce(output.float(), _target(batch['mask'], output, 'mask'))
 
-# %% ../nbs/api/08_task.ipynb #22799769
+# %% ../nbs/api/08_task.ipynb #db83e210
 class PromptSegment(Task):
     "Which pixels a sentence speaks of: per class the mean of its sentences' maps, bilinear to the image's size (CLIPSeg: Lüddecke & Ecker 2022, arXiv 2112.10003; patches: Zhou et al. 2022, arXiv 2112.01071)."
     def __init__(self,
@@ -106,21 +106,23 @@ class PromptSegment(Task):
         for k, v in prompts.items():
             if isinstance(v, str) or not len(v): raise ValueError(f"prompts of '{k}' must be a list of sentences, got {v!r}")
         self.classes, self.sentences = list(prompts), [t for v in prompts.values() for t in v]
-        self._sizes = [len(v) for v in prompts.values()]
+        self._sizes, self._embedded = [len(v) for v in prompts.values()], None
 
     def output(self, batch: dict) -> torch.Tensor:   # logits (B, C, H, W)
         x = self.image(batch)
-        maps = self.tower(self.backbone.text_maps, x, self.sentences).split(self._sizes, 1)
+        if self._embedded is None:               # the text tower is frozen: once is enough
+            with torch.no_grad(): self._embedded = self.backbone.embed_text(self.sentences, normalize=False)
+        maps = self.tower(self.backbone.text_maps, x, self._embedded.to(x.device)).split(self._sizes, 1)
         return F.interpolate(torch.stack([m.mean(1) for m in maps], 1).float(), x.shape[-2:], mode='bilinear', align_corners=False)
 
     def loss(self, output, batch): return dice_ce(output, _target(batch['mask'], output, 'mask'))
 
-# %% ../nbs/api/08_task.ipynb #b72fe552
+# %% ../nbs/api/08_task.ipynb #327a3c9a
 class Classify(Task):
     "What the image shows: cross-entropy. The release's head on the taps, or a head on the embedding."
     def __init__(self,
                  backbone: Backbone,    # frozen or with adapters
-                 head: nn.Module,       # ClassifyHead, LinearHead, ZeroShot, or any module on maps (with taps) or embeddings (without)
+                 head: nn.Module,       # ClassifyHead, LinearHead, ZeroShot, CoOp, or any module on maps (with taps) or embeddings (without)
                  taps=None):            # rising block indices; None: the default of ClassifyHead, else the embedding
         super().__init__(backbone, head)
         self.taps = _fit(backbone, head, taps)
@@ -131,7 +133,7 @@ class Classify(Task):
 
     def loss(self, output, batch): return F.cross_entropy(output.float(), _target(batch['label'], output, 'label'))
 
-# %% ../nbs/api/08_task.ipynb #e6affb8a
+# %% ../nbs/api/08_task.ipynb #f3e36354
 class Contrast(Task):
     """Images to their captions: InfoNCE over the batch, text tower frozen (Radford et al. 2021; temperature 0.07 in Qu et al. 2025, arXiv 2506.08849).
 
@@ -191,7 +193,7 @@ class Contrast(Task):
             if on_gpu: torch.cuda.set_rng_state(gpu)
             yield b | dict(others=torch.cat([seen[0][:0], *seen[i + 1:], *seen[:i], *elsewhere]), text=sum(texts[i:] + texts[:i], []) + words)
 
-# %% ../nbs/api/08_task.ipynb #72734bc1
+# %% ../nbs/api/08_task.ipynb #0d04db7f
 def load_released(backbone: Backbone,    # the tower it was trained on, without adapters
                   path,                  # the released .pth file
                   taps=None              # blocks that the head reads; None: the backbone's default (3, 6, 9 of 12, as released)

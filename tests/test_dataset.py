@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from htlab.backbone import tiny_vocab
-from htlab.dataset import (LABELS, ODDS, ORGANS, ImageSet, augmentation, caption, draw_attributes, draw_scenes, fit_box, parse_recipe, phantom_table, scene,
+from htlab.dataset import (LABELS, ODDS, ORGANS, ImageSet, augmentation, caption, clean_caption, draw_attributes, draw_scenes, fit_box, parse_recipe, phantom_table, scene,
                            world_prompts)
 from htlab.manifest import Manifest
 
@@ -170,3 +170,27 @@ def test_the_cache_is_whole_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", lambda f, a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left on device.*HTLAB_CACHE"): draw_scenes(["sim:3/1"], 32, progress=False)
     assert not [p for p in (tmp_path / "full").rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("raw, clean", [
+    ("Figure 1. Transverse view of a hypoechoic mass (arrow) [3, 12-14].", "Transverse view of a hypoechoic mass."), ("Fig 2b: Thyroid nodule with comet-tail artefacts", "Thyroid nodule with comet-tail artefacts"),
+    ("(A) Axillary node with fatty hilum; (B, C) Doppler of the node (Figs. 3a and 4)", "Axillary node with fatty hilum; Doppler of the node"), ("A simple cyst (see Fig. 3) behind the nipple", "A simple cyst behind the nipple"),
+    ("<p>H<sub>2</sub>O-filled&nbsp;lesion &lt; 10 mm &amp;amp; more</p>", "H2O-filled lesion < 10 mm & more"), ("Irregular mass (Smith et al., 2019) with shadow (Lee and Kim, 2020)", "Irregular mass with shadow"),
+    ("Irregular\x00 mass\u200b\n\twith   posterior\u00a0shadowing", "Irregular mass with posterior shadowing"), ("Irregular mass, see https://doi.org/10.1/x.y for more", "Irregular mass, see for more"),
+    ("A hypoechoic lesion of 12 mm in image 3 cm deep", "A hypoechoic lesion of 12 mm in image 3 cm deep")])
+def test_captions_are_cleaned(raw, clean): assert clean_caption(raw) == clean
+
+
+def test_short_captions_are_none():
+    assert clean_caption("Figure 4. (A) Ultrasound.") == clean_caption(None) == clean_caption(float("nan")) == clean_caption("") == ""
+    assert clean_caption("x" * 20) == "" and clean_caption("x" * 21) == "x" * 21 and clean_caption("short", 4) == "short"
+
+
+@given(st.text(max_size=80) | st.lists(st.sampled_from(["Fig. 2b", "(A)", "[1, 2]", "<b>", "&lt;", "&amp;", "(", ")", "a", "mass", " ", ".", ":", "Figure", "3", "(arrow)", "\u200b", "et al.", ", 2019)", "see "]), max_size=14).map("".join))
+@settings(max_examples=150, deadline=None)
+def test_cleaning_twice_is_cleaning_once(text):
+    once = clean_caption(text, 0)
+    assert clean_caption(once, 0) == once and once == once.strip() and "  " not in once and not set(once) & set("\x00\x07\n\t\u200b")
+
+
+def test_simulated_captions_need_no_cleaning(phantom): assert all(clean_caption(t) == t for t in phantom.df.text)

@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import wilcoxon
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from htlab.evaluate import (_auroc, _statistic, auroc_score, case_metrics, dice_score, evaluate_classification, evaluate_segmentation, loglik_score, paired,
-                            summarise)
+from htlab.evaluate import (_auroc, _statistic, auroc_score, calibration, case_metrics, dice_score, evaluate_classification, evaluate_segmentation, fit_temperature, holm, loglik_score, paired,
+                            paired_pooled, retrieval_cases, summarise, summarise_pooled, tempered)
 
 torch.set_num_threads(1)
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 14))
@@ -340,3 +340,173 @@ def test_mismatch_is_named():
     with pytest.raises(ValueError, match="no metric 'hd95'"): paired(a, b, 'hd95')
     with pytest.raises(ValueError, match='no case is scored'): paired(a.assign(dice=np.nan), b, 'dice')
     assert paired(a, b.assign(id=b.id.astype(str)), 'dice')['n'] == 25   # a csv may read ids as numbers
+
+
+# ---- several seeds, several comparisons ------------------------------------------------------------------------------
+
+def noisy(frame, seeds, sd=.2): return [frame.assign(dice=frame.dice + sd * np.random.default_rng(s).standard_normal(len(frame))) for s in seeds]
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=5, deadline=None)
+def test_pools_of_one_are_single(seed):
+    (a, b), (p, q) = two(seed, each=2), (classes(40, 2, seed), classes(40, 2, seed).sample(frac=1, random_state=seed))
+    for x, y, metrics in ((a, b, ['dice']), (p, q, ['auroc', 'f1', 'accuracy', 'ece', 'brier'])):
+        for m in metrics: assert paired_pooled([x], [y], m, n_boot=50) == paired(x, y, m, n_boot=50) | dict(seeds=1)
+        one, pool = summarise(x, metrics, n_boot=50), summarise_pooled([x], metrics, n_boot=50)
+        assert one.to_dict() == pool.drop(columns=['seeds', 'seed_sd']).to_dict() and pool.seed_sd.isna().all() and one.note == pool.note
+
+def test_seeds_are_averaged_within_a_case():
+    a, b = two(groups=20, each=3)
+    A, B = noisy(a, range(3)), noisy(b, range(5, 7))
+    r = paired_pooled(A, [B[0], B[1].sample(frac=1, random_state=0)], 'dice', n_boot=200)
+    mean = lambda runs, f: f.assign(dice=np.mean([c.dice for c in runs], axis=0))
+    assert r | dict(seeds=2) == paired(mean(A, a), mean(B, b), 'dice', n_boot=200) | dict(seeds=2) and r['groups'] == 20 and r['n'] == 60
+    s = summarise_pooled(A, ['dice'], n_boot=200)
+    assert s.value['dice'] == pytest.approx(mean(A, a).dice.mean()) and s.seed_sd['dice'] == pytest.approx(np.std([c.dice.mean() for c in A], ddof=1)) and s.seeds['dice'] == 3
+    assert s.lo['dice'] == pytest.approx(summarise(mean(A, a), ['dice'], n_boot=200).lo['dice']) and json.loads(json.dumps(s.to_dict())) == s.to_dict()
+    assert 'SD over seeds' in s._repr_html_() and '3 seeds' in s.note
+    copies = paired_pooled([a] * 3, [b] * 3, 'dice', n_boot=200)
+    single = paired(a, b, 'dice', n_boot=200)
+    assert all(copies[k] == pytest.approx(single[k]) for k in ('p', 'lo', 'hi', 'diff')), "the same run three times is no evidence"
+
+def test_statistics_of_all_cases_are_averaged_over_seeds():
+    runs = [classes(60, 2, 3) for _ in range(2)]
+    runs[1][['p_0', 'p_1']] = np.random.default_rng(0).dirichlet([1, 1], 60)
+    want = np.mean([roc_auc_score(c.y, c.p_1) for c in runs])
+    assert summarise_pooled(runs, ['auroc'], n_boot=50).value['auroc'] == pytest.approx(want) == paired_pooled(runs, runs[:1], 'auroc', n_boot=50)['a']
+
+def test_unscored_in_one_seed_is_unscored():
+    a, b = two()
+    hole = a.copy(); hole.loc[2, 'dice'] = np.nan
+    assert paired_pooled([a, hole], [b], 'dice')['n'] == 24 and summarise_pooled([a, hole], ['dice']).scored['dice'] == 24
+
+def test_pools_refuse():
+    a, b = two()
+    with pytest.raises(ValueError, match='empty'): paired_pooled([], [a], 'dice')
+    with pytest.raises(ValueError, match='empty'): summarise_pooled([])
+    with pytest.raises(ValueError, match='differ in 1 id'): paired_pooled([a, a[:-1]], [b], 'dice')
+    with pytest.raises(ValueError, match='policy'): summarise_pooled([a, a.assign(policy='nan')])
+
+def test_holm_by_hand():
+    assert holm([.01, .04, .03, .005]) == pytest.approx([.03, .06, .06, .02]) and holm([.4, .6]) == pytest.approx([.8, .8]) and holm([.02]) == pytest.approx([.02])
+    assert holm([math.nan, .03, .02]) == pytest.approx([math.nan, .04, .04], nan_ok=True) and not len(holm([]))
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_between_nothing_and_bonferroni_and_keeps_the_order(p):
+    p, h = np.array(p), holm(p)
+    assert (h >= p).all() and (h <= np.minimum(1, p * len(p)) + 1e-12).all() and (np.diff(h[np.argsort(p)]) >= 0).all()
+    order = np.random.default_rng(0).permutation(len(p))
+    assert holm(p[order]) == pytest.approx(h[order])
+
+
+# ---- retrieval -------------------------------------------------------------------------------------------------------
+
+def pairs_of(n, noise, seed=0, captions=None, **kw):
+    rng = np.random.default_rng(seed)
+    text = rng.standard_normal((n, 16))
+    if captions: text = text[[captions.index(c) for c in captions]]
+    return retrieval_cases(text + noise * rng.standard_normal(text.shape), text, range(n), [f'g{i // 2}' for i in range(n)], captions, strict=captions is None, **kw)
+
+@given(n=st.integers(1, 30), noise=st.floats(0, 5), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_recall_rises_to_one(n, noise, seed):
+    frame = pairs_of(n, noise, seed)
+    assert len(frame) == 2 * n and frame['rank'].between(1, n).all() and frame.gallery.eq(n).all() and frame.right.eq(1).all()
+    recall = summarise(frame, [f'recall@{k}' for k in range(1, n + 1)], n_boot=10).value
+    assert (np.diff(recall) >= 0).all() and recall.iloc[-1] == 1
+    if noise == 0: assert recall.iloc[0] == 1
+
+def test_random_embeddings_are_found_by_chance():
+    rng, n, hits = np.random.default_rng(0), 20, []
+    for _ in range(100): hits.append(retrieval_cases(rng.standard_normal((n, 16)), rng.standard_normal((n, 16)), range(n), range(n), strict=True)['rank'].to_numpy())
+    for k in (1, 5, 10): assert np.mean(np.stack(hits) <= k) == pytest.approx(k / n, abs=4 * math.sqrt(k / n * (1 - k / n) / (100 * n)))
+
+def test_order_and_length_do_not_matter():
+    rng = np.random.default_rng(0)
+    a, b, ids, order = rng.standard_normal((30, 8)), rng.standard_normal((30, 8)), np.arange(30), rng.permutation(30)
+    captions = [f'c{i % 7}' for i in ids]
+    one = retrieval_cases(a, b, ids, ids, captions).set_index('id')
+    two = retrieval_cases(torch.tensor(3 * a[order]), b[order] / 2, ids[order], ids[order], [captions[i] for i in order]).set_index('id').loc[one.index]
+    assert one.equals(two) and set(one.right) == {4, 5}
+    flipped = retrieval_cases(b, a, ids, ids, captions)
+    assert sorted(flipped[flipped.direction == 'image-to-text']['rank']) == sorted(one[one.direction == 'text-to-image']['rank'])
+
+def test_identical_captions_and_ties():
+    captions = ['a', 'b', 'a', 'b']
+    assert pairs_of(4, 0, captions=captions)['rank'].eq(1).all()
+    same = np.ones((4, 3))
+    collapsed = retrieval_cases(same, same, range(4), range(4), strict=True)
+    assert collapsed['rank'].eq(4).all(), 'everything alike finds nothing'
+    text = np.eye(4)[[0, 1, 0, 1]]
+    strict = retrieval_cases(text, text, range(4), range(4), captions, strict=True)
+    assert strict['rank'].eq(2).all() and strict.policy.eq('own pair').all()
+
+def test_recall_summary_and_pairs():
+    frame, better = pairs_of(40, 3), pairs_of(40, 1)
+    table = summarise(frame, n_boot=100)
+    assert list(table.index) == [f'{d} recall@{k}' for d in ('text-to-image', 'image-to-text') for k in (1, 2, 5, 10)] and table.scored.eq(40).all() and 'gallery of 40' in table.note
+    assert table.value['text-to-image recall@5'] == (frame[frame.direction == 'text-to-image']['rank'] <= 5).mean()
+    r = paired(better, frame, 'text-to-image recall@1', n_boot=100)
+    assert r['n'] == 40 and r['total'] == 80 and r['diff'] > 0 and r['test'] == 'wilcoxon'
+    assert paired_pooled([better] * 2, [frame], 'recall@5', n_boot=50)['n'] == 80
+    back = pd.read_csv(io.StringIO(frame.to_csv(index=False)))
+    assert summarise(back, n_boot=100).to_dict() == table.to_dict()
+    for bad in ('recall@0', 'recall@x', 'sideways recall@1'):
+        with pytest.raises(ValueError, match='no metric'): summarise(frame, [bad])
+    with pytest.raises(ValueError, match='gallery'): paired(frame, frame.assign(gallery=50), 'recall@1')
+
+@pytest.mark.parametrize('args, match', [((np.ones((2, 3)), np.ones((3, 3)), 'ab', 'ab'), 'paired'), ((np.ones((2, 3)), np.ones((2, 3)), 'ab', 'ab'), 'strict=True'), ((np.ones((2, 3)), np.ones((2, 3)), 'aa', 'ab', 'ab'), 'different ids'),
+                                         ((np.full((2, 3), np.nan), np.ones((2, 3)), 'ab', 'ab', 'ab'), 'finite'), ((np.ones((0, 3)), np.ones((0, 3)), '', '', ''), 'paired')])
+def test_retrieval_refuses(args, match):
+    with pytest.raises(ValueError, match=match): retrieval_cases(*args)
+
+
+# ---- calibration -----------------------------------------------------------------------------------------------------
+
+def simulated(n, factor=1., seed=0, classes=2):
+    "Classes drawn with the model's own probabilities; then its logits times `factor`."
+    rng = np.random.default_rng(seed)
+    z = rng.normal(0, 1.5, (n, classes))
+    soft = lambda z: np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True))
+    y, p = (soft(z).cumsum(1) < rng.random((n, 1))).sum(1).clip(max=classes - 1), soft(factor * z)
+    return pd.DataFrame(dict(id=range(n), group=range(n), label=y.astype(str), y=y) | {f'p_{c}': p[:, c] for c in range(classes)} | dict(pred=p.argmax(1)))
+
+@pytest.mark.parametrize('classes', [2, 4])
+def test_a_calibrated_simulator_is_calibrated(classes):
+    small, large, sure = simulated(500, classes=classes), simulated(50_000, classes=classes), simulated(500, 3, classes=classes)
+    table, bins = calibration(small, n_boot=200)
+    chance = table.ece_if_calibrated['ece']
+    assert abs(table.value['ece'] - chance) < chance and table.lo['ece'] < table.value['ece'] < table.hi['ece']
+    assert (((bins.lo <= bins.confidence) & (bins.confidence <= bins.hi)).mean() >= .7) and bins.n.sum() == 500 and bins.n.max() - bins.n.min() <= 1
+    assert summarise(large, ['ece'], n_boot=1).value['ece'] < .01, 'with many cases the gap goes to 0'
+    assert calibration(sure, n_boot=50)[0].value['ece'] > 3 * calibration(sure, n_boot=50)[0].ece_if_calibrated['ece']
+
+def test_ece_by_hand():
+    frame = pd.DataFrame(dict(id=range(4), group=range(4), label='x', y=[0, 0, 1, 0], p_0=[.9, .9, .6, .6], p_1=[.1, .1, .4, .4], pred=0))
+    assert summarise(frame, ['ece'], n_boot=10).value['ece'] == pytest.approx(.5 * abs(.9 - 1) + .5 * abs(.6 - .5))
+    assert calibration(frame, bins=1, n_boot=10)[1].to_dict('records')[0] == pytest.approx(dict(n=4, confidence=.75, right=.75, lo=.25, hi=1), nan_ok=True, abs=.26)
+
+@pytest.mark.parametrize('classes', [2, 3])
+def test_brier_is_scikit_learn_s(classes):
+    from sklearn.metrics import brier_score_loss
+    frame = simulated(200, 2, classes=classes)
+    p = frame.filter(regex='^p_').to_numpy()
+    assert summarise(frame, ['brier'], n_boot=10).value['brier'] == pytest.approx(brier_score_loss(frame.y, p[:, 1] if classes == 2 else p))
+
+@pytest.mark.parametrize('factor', [.3, 1, 4])
+@pytest.mark.parametrize('classes', [2, 3])
+def test_temperature_finds_the_factor(factor, classes):
+    frame = simulated(20_000, factor, classes=classes)
+    T = fit_temperature(frame)
+    assert T == pytest.approx(factor, rel=.06)
+    cool = tempered(frame, T)
+    p, q = (f.filter(regex='^p_').to_numpy() for f in (frame, cool))
+    assert (p.argmax(1) == q.argmax(1)).all() and q.sum(1) == pytest.approx(np.ones(len(q))) and fit_temperature(cool) == pytest.approx(1, rel=.01)
+    assert tempered(frame, 1.)[['p_0', 'p_1']].to_numpy() == pytest.approx(p[:, :2])
+    if classes == 2: assert summarise(cool[:500], ['auroc'], n_boot=2).value['auroc'] == pytest.approx(summarise(frame[:500], ['auroc'], n_boot=2).value['auroc'])
+
+def test_calibration_refuses():
+    for f in (calibration, fit_temperature):
+        with pytest.raises(ValueError, match='p_0'): f(two()[0])
+    with pytest.raises(ValueError, match='temperature'): tempered(simulated(5), 0)
+    with pytest.raises(ValueError, match='bins'): calibration(simulated(5), bins=0)

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from htlab.backbone import load_backbone
-from htlab.head import PROMPTS, ClassifyHead, LinearHead, SegmentHead, zero_shot
+from htlab.head import PROMPTS, ClassifyHead, CoOp, LinearHead, SegmentHead, zero_shot
 from htlab.inject import adapter_state, add_adapters, adapters, disabled, trainable
 from htlab.task import Classify, Contrast, PromptSegment, Segment, Task, dice_ce, load_released
 from htlab.train import TrainConfig, fit
@@ -249,7 +249,8 @@ class Fake(nn.Module):
         super().__init__()
         self.tower = nn.Conv2d(3, 3, 1)
         self.register_buffer("_mean", torch.zeros(1))
-    def text_maps(self, x, texts): return torch.stack([float(t) * self.tower(x)[:, 0, ::8, ::8] for t in texts], 1)
+    def embed_text(self, texts, normalize=True): return torch.tensor([[float(t)] for t in texts])
+    def text_maps(self, x, texts): return torch.stack([t * self.tower(x)[:, 0, ::8, ::8] for t in texts[:, 0]], 1)
     def check_taps(self, taps=None): return self.taps_default if taps is None else list(taps)
     def features(self, x, taps=None): return [self.tower(x)[:, :1].expand(-1, self.widths[t], -1, -1)[..., ::2 ** (t + 1), ::2 ** (t + 1)] for t in self.check_taps(taps)]
 
@@ -258,7 +259,7 @@ def test_prompt_segment_averages_the_sentences_of_a_class():
     bb, batch = Fake(), make()
     task = PromptSegment(bb, dict(background=["1", "3"], lesion=["2"], gland=["-1", "0", "7"]))
     out = task(batch)["output"]
-    one = F.interpolate(bb.text_maps(batch["image"], ["2"]), (112, 112), mode="bilinear", align_corners=False)
+    one = F.interpolate(bb.text_maps(batch["image"], bb.embed_text(["2"])), (112, 112), mode="bilinear", align_corners=False)
     assert torch.allclose(out, one.expand(-1, 3, -1, -1), atol=1e-5), "the mean of each class is 2"
     assert len(list(task.parameters())) == len(list(bb.parameters())) and task.classes == ["background", "lesion", "gland"]
     assert torch.allclose(task.predict(batch), torch.full((3, 3, 112, 112), 1 / 3), atol=1e-5)
@@ -267,6 +268,13 @@ def test_prompt_segment_averages_the_sentences_of_a_class():
     bb.tower.requires_grad_(True)
     PromptSegment(bb, dict(a=["1"], b=["2"]))(batch)["loss"].backward()
     assert bb.tower.weight.grad.abs().sum() > 0
+
+
+def test_classify_takes_learned_sentences(bb):
+    task = Classify(bb, CoOp(bb, ["benign lesion", "malignant lesion"], "ultrasound of a"))
+    task.train()(make())["loss"].backward()
+    assert {id(p) for p in task.parameters() if p.grad is not None} == {id(task.head.context)}
+    with pytest.raises(ValueError, match="leave taps out"): Classify(bb, task.head, taps=[1])
 
 
 def test_a_guided_head_is_given_the_image():
