@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dice_ce', 'Task', 'Segment', 'PromptSegment', 'Classify', 'Contrast', 'load_released']
 
-# %% ../nbs/api/08_task.ipynb #647eae11
+# %% ../nbs/api/08_task.ipynb #0ab3cde6
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from .backbone import Backbone
 from .head import ClassifyHead, CoOp, LinearHead, SegmentHead, ZeroShot, from_released
 from .inject import load_released_adapters, released_state
 
-# %% ../nbs/api/08_task.ipynb #8cc3d046
+# %% ../nbs/api/08_task.ipynb #e4c48bfd
 def dice_ce(logits: torch.Tensor,      # (B, C, H, W)
             mask: torch.Tensor,        # (B, H, W), whole numbers from 0 to C - 1
             smooth: float = 1e-5       # added to numerator and denominator
@@ -25,7 +25,7 @@ def dice_ce(logits: torch.Tensor,      # (B, C, H, W)
     dice = (2 * (p * q).sum((2, 3)) + smooth) / ((p**2 + q).sum((2, 3)) + smooth)      # q is its own square
     return (1 - dice).mean() + F.cross_entropy(logits, mask)
 
-# %% ../nbs/api/08_task.ipynb #d3c7cc98
+# %% ../nbs/api/08_task.ipynb #1e3bd77d
 class Task(nn.Module):
     """Base of all tasks: `task(batch)` -> {'loss', 'output'}, `task.predict(batch)` -> probabilities.
 
@@ -77,7 +77,7 @@ def _target(t, output, what):
     if t.min() < 0 or t.max() >= n: raise ValueError(f"{what} has values from {t.min()} to {t.max()}, the head knows classes 0 to {n - 1}")
     return t
 
-# %% ../nbs/api/08_task.ipynb #b926ec25
+# %% ../nbs/api/08_task.ipynb #4f713cf0
 class Segment(Task):
     "Which pixels are lesion: `dice_ce` (Qu et al. 2025, arXiv 2506.08849)."
     def __init__(self,
@@ -94,7 +94,7 @@ class Segment(Task):
 
     def loss(self, output, batch): return dice_ce(output.float(), _target(batch['mask'], output, 'mask'))
 
-# %% ../nbs/api/08_task.ipynb #db83e210
+# %% ../nbs/api/08_task.ipynb #04d78986
 class PromptSegment(Task):
     "Which pixels a sentence speaks of: per class the mean of its sentences' maps, bilinear to the image's size (CLIPSeg: Lüddecke & Ecker 2022, arXiv 2112.10003; patches: Zhou et al. 2022, arXiv 2112.01071)."
     def __init__(self,
@@ -117,7 +117,7 @@ class PromptSegment(Task):
 
     def loss(self, output, batch): return dice_ce(output, _target(batch['mask'], output, 'mask'))
 
-# %% ../nbs/api/08_task.ipynb #327a3c9a
+# %% ../nbs/api/08_task.ipynb #1a6eac52
 class Classify(Task):
     "What the image shows: cross-entropy. The release's head on the taps, or a head on the embedding."
     def __init__(self,
@@ -133,7 +133,7 @@ class Classify(Task):
 
     def loss(self, output, batch): return F.cross_entropy(output.float(), _target(batch['label'], output, 'label'))
 
-# %% ../nbs/api/08_task.ipynb #f3e36354
+# %% ../nbs/api/08_task.ipynb #15e3a173
 class Contrast(Task):
     """Images to their captions: InfoNCE over the batch, text tower frozen (Radford et al. 2021; temperature 0.07 in Qu et al. 2025, arXiv 2506.08849).
 
@@ -193,7 +193,7 @@ class Contrast(Task):
             if on_gpu: torch.cuda.set_rng_state(gpu)
             yield b | dict(others=torch.cat([seen[0][:0], *seen[i + 1:], *seen[:i], *elsewhere]), text=sum(texts[i:] + texts[:i], []) + words)
 
-# %% ../nbs/api/08_task.ipynb #0d04db7f
+# %% ../nbs/api/08_task.ipynb #3e16586d
 def load_released(backbone: Backbone,    # the tower it was trained on, without adapters
                   path,                  # the released .pth file
                   taps=None              # blocks that the head reads; None: the backbone's default (3, 6, 9 of 12, as released)
