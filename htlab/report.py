@@ -163,7 +163,7 @@ def _json(x) -> str: return json.dumps(_plain(x), indent=1, allow_nan=False) + "
 def environment() -> dict:  # versions, commit, dirty, machine
     "What the numbers were made with: versions, commit of the working tree (None outside of one), machine."
     versions = {"python": platform.python_version()}
-    for p in ["htlab", "torch", "torchvision", "open_clip_torch", "timm", "monai", "accelerate", "numpy", "scikit-learn"]:
+    for p in ["htlab", "torch", "torchvision", "open_clip_torch", "timm", "transformers", "peft", "segmentation-models-pytorch", "monai", "accelerate", "numpy", "scikit-learn"]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): versions[p] = importlib.metadata.version(p)
     def git(*a):
         try: return subprocess.run(["git", "-C", str(Path(htlab.__file__).resolve().parent), *a], capture_output=True, text=True, timeout=20, check=True).stdout.strip()

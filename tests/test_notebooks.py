@@ -8,8 +8,16 @@ from conftest import ROOT
 # Long pages and templates run with these instead of their own numbers; the stored outputs come from their own.
 SMOKE = {
     "lessons/00_adapt_clip": dict(scenes=40, pairs=10, epochs=1),
+    "lessons/01_is_it_a_filter": dict(images=16, tested=40, epochs=1, seeds="1,2"),
+    "lessons/02_your_own_adapter": dict(limit=4, epochs=1, templates="segment,contrast,zero_shot"),
+    "lessons/03_the_published_recipe": dict(shots=3, limit=3, epochs=1, seeds="1", changes="no normalisation,paper"),
+    "lessons/04_small_lesions": dict(limit=6, epochs=1, seeds="1"),
     "experiments/segment": dict(limit=4, epochs=1),
     "experiments/classify": dict(limit=4, epochs=1),
+    "experiments/contrast": dict(limit=4, epochs=1),
+    "experiments/zero_shot": dict(limit=4),
+    "experiments/retrieve": dict(limit=4),
+    "experiments/ablation": dict(adapters="none,mona", seeds="1,2", shots="0", limit=4, epochs=1),
     "experiments/demo": dict(limit=16, pair_epochs=1, epochs=1, frozen_epochs=1),
     "experiments/tiny": dict(images=128, check=40, dial_images=0, out=""),
 }
@@ -39,3 +47,10 @@ def test_page_runs(name, copy, monkeypatch):
 
 def test_smoke_names_pages():
     assert not set(SMOKE) - set(NAMES), "SMOKE names pages that do not exist"
+
+
+def test_templates_take_the_same_parameters():
+    "One command line, five templates: the names and kinds of the parameters, in one order; defaults may differ."
+    from htlab.report import template_parameters
+    one, *others = ({k: type(v) for k, v in template_parameters(t).items()} for t in ("segment", "classify", "contrast", "zero_shot", "retrieve"))
+    assert len(one) > 30 and all(list(one.items()) == list(o.items()) for o in others)
