@@ -21,7 +21,7 @@ lab: $(READY) ## JupyterLab on the lessons (LABFLAGS=--no-browser over ssh)
 	@$(IN) jupyter lab --ip 127.0.0.1 --notebook-dir nbs --LabApp.default_url=/lab/tree/lessons $(if $(filter 0,$(shell id -u)),--allow-root) $(LABFLAGS)
 
 lock: $(READY) ## settings.ini -> requirements.lock for every system (LOCKFLAGS=--upgrade for newer versions)
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header setup.py --extra dev -o requirements.lock $(LOCKFLAGS)
+	$(BIN)/uv pip compile --quiet --refresh-package htlab --universal --python-version 3.11 --no-header setup.py --extra dev -o requirements.lock $(LOCKFLAGS)
 
 clean: ## forget .venv and caches; runs/ stays
 	rm -rf $(VENV) _docs _proc build .cache .pytest_cache .hypothesis *.egg-info

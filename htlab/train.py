@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'seed_everything', 'batches', 'cosine_lr', 'param_groups', 'fit', 'load_best']
 
-# %% ../nbs/api/09_train.ipynb #4e0ad264
+# %% ../nbs/api/09_train.ipynb #405b468a
 import difflib, io, json, math, os, random, time, zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 
-# %% ../nbs/api/09_train.ipynb #c612b616
+# %% ../nbs/api/09_train.ipynb #ebd9572d
 import numpy as np
 import pandas as pd
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# %% ../nbs/api/09_train.ipynb #aa545cb4
+# %% ../nbs/api/09_train.ipynb #abd8d5c8
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train; the defaults are the supervised recipe of Qu et al. (arXiv 2506.08849)."
@@ -85,14 +85,14 @@ class TrainConfig:
         row = lambda tag, cells: '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in cells) + '</tr>'
         return f'<table>{row("th", asdict(self))}{row("td", asdict(self).values())}</table>'
 
-# %% ../nbs/api/09_train.ipynb #d8b2fe77
+# %% ../nbs/api/09_train.ipynb #ec6430da
 def seed_everything(
     seed: int,  # the seed, from 0 to below 2**32
 ):
     "Seed Python's, NumPy's and PyTorch's (CPU and GPU) generators."
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/api/09_train.ipynb #9f5d5aff
+# %% ../nbs/api/09_train.ipynb #80a19bc7
 def _rng_state():
     "What all generators of this process would say next, in types that `torch.load(weights_only=True)` reads."
     name, keys, *rest = np.random.get_state()
@@ -103,7 +103,7 @@ def _set_rng_state(state):
     random.setstate(state['python']); np.random.set_state(state['numpy']); torch.set_rng_state(state['torch'])
     if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'])
 
-# %% ../nbs/api/09_train.ipynb #501d2201
+# %% ../nbs/api/09_train.ipynb #b51be94e
 def batches(
     n: int,               # images in the training set
     config: TrainConfig,  # uses seed, batch_size, accumulate
@@ -114,7 +114,7 @@ def batches(
     parts = [order[i:i + config.batch_size] for i in range(0, n, config.batch_size)]
     return [parts[i:i + config.accumulate] for i in range(0, len(parts), config.accumulate)]
 
-# %% ../nbs/api/09_train.ipynb #08d34fe0
+# %% ../nbs/api/09_train.ipynb #9affd77c
 def cosine_lr(
     update: int,    # number of the update, from 0
     updates: int,   # updates in the whole training
@@ -124,7 +124,7 @@ def cosine_lr(
     "Cosine annealing (Loshchilov & Hutter, SGDR, ICLR 2017, eq. 5, one cycle)."
     return min_lr + .5 * (lr - min_lr) * (1 + math.cos(math.pi * update / updates))
 
-# %% ../nbs/api/09_train.ipynb #421ab365
+# %% ../nbs/api/09_train.ipynb #529df149
 def param_groups(
     task: nn.Module,      # frozen tensors are passed over
     weight_decay: float,  # for tensors of two or more dimensions
@@ -135,7 +135,7 @@ def param_groups(
     return [{'params': [p for p in learn if p.ndim >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in learn if p.ndim < 2], 'weight_decay': 0.}]
 
-# %% ../nbs/api/09_train.ipynb #12bd4f7d
+# %% ../nbs/api/09_train.ipynb #b84d25d2
 def _write_aside(path, data):
     "Write bytes beside `path`, then rename: the old file or the new one is there, never a half."
     aside = path.with_name(f'.{path.name}.partial')
@@ -148,7 +148,7 @@ def _write_aside(path, data):
         if isinstance(e, OSError): raise OSError(e.errno, f'{e.strerror}; the earlier files are intact, make room and start again to go on', str(path)) from None
         raise
 
-# %% ../nbs/api/09_train.ipynb #8389abf4
+# %% ../nbs/api/09_train.ipynb #f7096a16
 class _Keeper:
     "Saves and restores one run in `folder`: what learns, optimiser, generators, history, best so far."
     def __init__(self, folder, task, opt, config, acc, images):
@@ -208,7 +208,7 @@ def _fit_in(task, tensors, names, path):
             raise ValueError(f'{path}: tensor {k!r} has shape {tuple(v.shape)}, the task wants {tuple(own[k].shape)}; the file belongs to another task')
     task.load_state_dict(tensors, strict=False)
 
-# %% ../nbs/api/09_train.ipynb #61ad9d92
+# %% ../nbs/api/09_train.ipynb #3d6f7c7d
 @contextmanager
 def _accelerator(device):
     "An `Accelerator` of our own; the global state of accelerate is as before afterwards."
@@ -224,13 +224,15 @@ def _accelerator(device):
     finally:
         for s, old in zip(states, before): s.clear(); s.update(old)
 
-# %% ../nbs/api/09_train.ipynb #2db2dcce
+# %% ../nbs/api/09_train.ipynb #0a397e5d
 def _load(data, plan, config, device, epoch=0):
     "The batches of `plan`, on `device`. Workers start afresh each time, so that they see what `set_epoch` changed."
     seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])   # of the workers, and not taken from the global generator
-    loader = DataLoader(data, batch_sampler=plan, num_workers=config.workers, pin_memory=device.type == 'cuda',
-                        generator=torch.Generator().manual_seed(seed))
-    return (send_to_device(batch, device) for batch in loader)
+    whole = getattr(data, 'batch', None)   # then the plan's entries are what is loaded, each a batch
+    loader = DataLoader(plan if whole else data, **dict(batch_size=None, collate_fn=whole) if whole else dict(batch_sampler=plan),
+                        num_workers=config.workers, pin_memory=device.type == 'cuda', generator=torch.Generator().manual_seed(seed))
+    finish = getattr(data, 'finish', lambda batch: batch) if whole else lambda batch: batch
+    return (finish(send_to_device(batch, device)) for batch in loader)
 
 def _valid_loss(task, data, config, acc):
     "Mean loss over `data`, each process taking its share."
@@ -240,10 +242,10 @@ def _valid_loss(task, data, config, acc):
     for part, batch in zip(plan, _load(data, plan, config, acc.device)): total += task(batch)['loss'].float() * len(part)
     return acc.reduce(total, 'sum').item() / len(data)
 
-# %% ../nbs/api/09_train.ipynb #98b288dc
+# %% ../nbs/api/09_train.ipynb #8b601808
 def fit(
     task: nn.Module,       # `task(batch)` -> {'loss', 'output'}; only what requires grad is changed and saved
-    train_set,             # items are dicts; `train_set.set_epoch(epoch)` is called if there is one
+    train_set,             # items are dicts; `set_epoch(epoch)` is called if there is one, and `batch(indices)` with `finish(batch)` instead of items
     valid_set,             # for the loss and the score on images not trained on; or None
     config: TrainConfig,   # settings
     folder,                # gets last.ckpt, best.safetensors, history.csv; if last.ckpt is there, training goes on from it
@@ -322,7 +324,7 @@ def fit(
     frame.attrs.update(best_epoch=best['epoch'], best_score=best['score'])
     return frame
 
-# %% ../nbs/api/09_train.ipynb #26e4af6e
+# %% ../nbs/api/09_train.ipynb #d821cac7
 def load_best(
     task: nn.Module,  # a task of the same build
     path,             # a `best.safetensors`, or the folder that holds it

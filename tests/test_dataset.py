@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from htlab.backbone import tiny_vocab
-from htlab.dataset import (LABELS, ODDS, ORGANS, ImageSet, augmentation, caption, clean_caption, draw_attributes, draw_scenes, fit_box, parse_recipe, phantom_table, scene,
+from htlab.dataset import (LABELS, ODDS, ORGANS, STRONG, ImageSet, augmented, caption, clean_caption, draw_attributes, draw_scenes, draws, parse_recipe, phantom_table, scene,
                            world_prompts)
-from htlab.manifest import Manifest
+from htlab.manifest import Manifest, ManifestError, measure
+from htlab.store import fit_box
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,8 @@ def files(tmp_path):
     wide, tall = rng.integers(0, 255, (60, 120), np.uint8), rng.integers(0, 255, (90, 45), np.uint8)
     mask = np.zeros((60, 120), np.uint8); mask[20:40, 30:90] = 255
     for name, a in {"images/wide": wide, "images/tall": tall, "masks/wide": mask}.items(): Image.fromarray(a).save(tmp_path / f"{name}.png")
-    rows = [dict(id=n, image=f"images/{n}.png", mask=f"masks/{n}.png" if n == "wide" else "", label=l, group=n, split="train", sha256=h * 64, width=w, height=hh)
-            for n, l, h, w, hh in (("wide", "benign", "a", 120, 60), ("tall", "malignant", "b", 45, 90))]
-    pd.DataFrame(rows).to_csv(tmp_path / "two.csv", index=False)
+    rows = [dict(id=n, image=f"images/{n}.png", mask=f"masks/{n}.png" if n == "wide" else "", label=l, group=n, split="train") for n, l in (("wide", "benign"), ("tall", "malignant"))]
+    measure(pd.DataFrame(rows), tmp_path).to_csv(tmp_path / "two.csv", index=False)
     return Manifest.load(tmp_path / "two.csv", root=tmp_path)
 
 
@@ -132,26 +132,69 @@ def test_augmentation_is_a_function_of_seed_epoch_and_id(phantom):
     assert 4 <= changed <= 16      # half of the images
 
 
-@given(st.integers(0, 2**31))
+def weak(seed, n): # numbers that move every image and leave its grey values
+    u = draws(seed, 0, list(map(str, range(n)))).copy(); u[:, :3] = 0, 0, .5
+    return u
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(64, 64), (48, 80)]))
 @settings(max_examples=25, deadline=None)
-def test_image_and_mask_move_together(seed):
-    from torchvision import tv_tensors
-    from torchvision.transforms import v2
-    mask = np.zeros((64, 64), np.uint8); mask[15:40, 10:50] = 1
-    weak = v2.Compose(augmentation().transforms[1:])
-    torch.manual_seed(seed)
-    im, m = weak(tv_tensors.Image(torch.from_numpy(mask[None] * 255)), tv_tensors.Mask(torch.from_numpy(mask)))
-    assert ((im[0] > 127) == (m > 0)).float().mean() > .97 and set(m.unique().tolist()) <= {0, 1}
+def test_image_and_mask_move_together(seed, size):
+    x = torch.zeros(3, 2, *size, dtype=torch.uint8); x[:, :, 15:40, 10:50] = torch.tensor([255, 1]).view(2, 1, 1)
+    image, mask = augmented(x, weak(seed, 3))
+    assert ((image[:, 0] > .5) == (mask > 0)).float().mean() > .97 and set(mask.unique().tolist()) <= {0, 1}
 
 
-@pytest.mark.parametrize("damage,error,words", [
+@given(st.integers(0, 2**31), st.integers(1, 12), st.randoms())
+@settings(max_examples=25, deadline=None)
+def test_an_image_is_the_same_alone_in_a_batch_and_in_any_order(seed, n, random):
+    x = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 2, 33, 40), np.uint8)); x[:, 1] //= 128
+    u, order = draws(seed, 1, list(map(str, range(n)))), random.sample(range(n), n)
+    image, mask = augmented(x, u)
+    again, moved = augmented(x[order], u[order])
+    assert torch.equal(again, image[order]) and torch.equal(moved, mask[order])
+    for i in range(n):
+        one, m = augmented(x[i:i + 1], u[i:i + 1])
+        assert torch.equal(one[0], image[i]) and torch.equal(m[0], mask[i])
+        if u[i, 0] >= .5: assert torch.equal(one[0, 0], x[i, 0].float() / 255) and torch.equal(m[0], x[i, 1].long())  # left alone
+
+
+def test_strong_transformations_are_torchvisions():
+    from torchvision.transforms.v2 import functional as v2F
+    x, u = torch.from_numpy(np.stack([scene(0, i, 64).bmode()[None] for i in range(8)])), torch.linspace(0, .999, 8).view(-1, 1, 1, 1)
+    theirs = {"brightness": lambda x, u: v2F.adjust_brightness(x, .75 + .5 * u), "contrast": lambda x, u: v2F.adjust_contrast(x, .75 + .5 * u), "blur": lambda x, u: v2F.gaussian_blur(x, 3, .1 + .9 * u),
+              "sharpness": lambda x, u: v2F.adjust_sharpness(x, 2), "posterise": lambda x, u: v2F.posterize(x, 5), "solarise": lambda x, u: v2F.solarize(x, .9), "equalise": lambda x, u: v2F.equalize(x)}
+    assert set(theirs) == set(STRONG)
+    for name, f in STRONG.items():
+        a, b = f(x, u).int(), torch.stack([theirs[name](one, float(k)) for one, k in zip(x, u.flatten())]).int()
+        assert (a - b).abs().max() <= 1 and (a != b).float().mean() < 1e-3, name
+
+
+def test_a_batch_is_its_items(files):
+    ds = ImageSet(files, 64, augment=True, seed=3, progress=False)
+    for epoch in range(4):
+        ds.set_epoch(epoch)
+        whole = ds.finish(ds.batch([1, 0, 1]))
+        for k, i in enumerate([1, 0, 1]):
+            item = ds[i]
+            assert all(torch.equal(whole[c][k], item[c]) for c in ("image", "mask")) and (whole["id"][k], whole["text"][k], int(whole["label"][k])) == (item["id"], item["text"], item["label"])
+
+
+def test_a_subclass_that_changes_items_is_not_passed_by():
+    class Louder(ImageSet):
+        def __getitem__(self, i): return super().__getitem__(i) | {"image": super().__getitem__(i)["image"] * 2}
+    class Renamed(ImageSet): pass
+    assert Louder.batch is None and Renamed.batch is not None
+
+
+@pytest.mark.parametrize("damage, error, words", [
     (lambda r: (r / "images/wide.png").unlink(), FileNotFoundError, "wide: image .* is missing"),
-    (lambda r: (r / "images/wide.png").write_text("not an image"), ValueError, "wide: image .* cannot be read as an image"),
-    (lambda r: Image.new("L", (50, 50)).save(r / "masks/wide.png"), ValueError, "mask masks/wide.png is 50 x 50 pixels but the image is 120 x 60")])
+    (lambda r: (r / "images/wide.png").write_text("not an image"), ManifestError, "row 1 .id 'wide'.*field 'image'.* is not an image"),
+    (lambda r: Image.new("L", (120, 60)).save(r / "images/wide.png"), ManifestError, "row 1 .id 'wide'.* has other bytes than the table says"),
+    (lambda r: Image.new("L", (50, 50)).save(r / "masks/wide.png"), ManifestError, "field 'mask'.* is 50 x 50 px where width and height say 120 x 60")])
 def test_bad_files_are_named(files, damage, error, words):
-    ds = ImageSet(files, 64)
     damage(files.root)
-    with pytest.raises(error, match=words): ds[0]
+    with pytest.raises(error, match=words): ImageSet(files, 64, progress=False)
 
 
 @pytest.mark.parametrize("call,words", [(lambda: scene(0, 0, shape="square"), "shape='square': one of oval"), (lambda: scene(0, 0, colour="red"), "no attribute 'colour'"),
@@ -160,16 +203,13 @@ def test_bad_arguments_are_named(call, words):
     with pytest.raises(ValueError, match=words): call()
 
 
-def test_the_cache_is_whole_or_absent(tmp_path, monkeypatch):
+def test_scenes_are_kept_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setenv("HTLAB_CACHE", str(tmp_path))
-    first = np.array(draw_scenes(["sim:3/1", "sim:3/2"], 32, progress=False))
-    assert first.shape == (2, 2, 32, 32) and np.array_equal(first, draw_scenes(["sim:3/1", "sim:3/2"], 32, progress=False))
-    assert np.array_equal(first[1, 0], scene(3, 2, 32).bmode())
-    (tmp_path / "full").mkdir()
-    monkeypatch.setenv("HTLAB_CACHE", str(tmp_path / "full"))
-    monkeypatch.setattr(np, "save", lambda f, a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left on device.*HTLAB_CACHE"): draw_scenes(["sim:3/1"], 32, progress=False)
-    assert not [p for p in (tmp_path / "full").rglob("*") if p.is_file()]
+    first = draw_scenes(["sim:3/1", "sim:3/2"], 32, progress=False)
+    assert first[[0, 1]].shape == (2, 2, 32, 32) and np.array_equal(first[1][0], scene(3, 2, 32).bmode())
+    more = draw_scenes(["sim:3/5", "sim:3/2"], 32, progress=False)
+    assert more.path == first.path and list(more.at) == [2, 1] and np.array_equal(more[1], first[1])
+    assert draw_scenes(["sim:3/1"], 32, clean=True, progress=False).path != first.path != draw_scenes(["sim:3/1"], 48, progress=False).path
 
 
 @pytest.mark.parametrize("raw, clean", [

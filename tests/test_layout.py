@@ -10,7 +10,8 @@ from packaging.utils import canonicalize_name
 
 # Which modules the exported cells of a module may import. Demonstrations may use any smaller floor.
 IMPORTS = {m: set(names.split()) for m, names in {
-    "show": "", "speckle": "", "manifest": "", "dataset": "manifest speckle", "backbone": "", "adapter": "", "inject": "backbone adapter",
+    "show": "", "speckle": "", "manifest": "", "source": "manifest", "importers": "manifest source", "generic": "manifest source", "fetch": "manifest source",
+    "audit": "show manifest", "store": "manifest", "dataset": "manifest speckle store", "backbone": "", "adapter": "", "inject": "backbone adapter",
     "head": "", "task": "inject backbone head", "train": "", "evaluate": "", "embed": "backbone", "attribute": "backbone",
     "report": "show manifest train evaluate", "grid": "report"}.items()}
 ANYTHING = {"widgets", "cli"}
@@ -18,7 +19,7 @@ ANYTHING = {"widgets", "cli"}
 FILES = repo_files()
 PAGES = [f for f in FILES if f.suffix == ".ipynb" and f.parts[0] == "nbs"]
 API = [f for f in PAGES if f.parts[1] == "api"]
-FLOOR = {f.stem[3:]: int(f.stem[:2]) for f in API if re.match(r"\d\d_", f.name)}
+FLOOR = {m[2]: m[1] for f in API if (m := re.fullmatch(r"(\d\d[a-z]?)_([a-z_]+)", f.stem))}  # 02 < 02a < 03: letters are mezzanines
 MODULES = [f for f in FILES if f.parts[0] == "htlab" and f.suffix == ".py" and not f.name.startswith("_")]
 
 
@@ -51,8 +52,8 @@ def texts(page):
 
 @pages(API)
 def test_stairs_only_go_down(page):
-    assert re.fullmatch(r"\d\d_[a-z_]+\.ipynb", page.name), "a page of nbs/api is called NN_module.ipynb"
-    name = page.stem[3:]
+    assert re.fullmatch(r"\d\d[a-z]?_[a-z_]+\.ipynb", page.name), "a page of nbs/api is called NN_module.ipynb, on a mezzanine NNa_module.ipynb"
+    name = page.stem.split("_", 1)[1]
     assert name in IMPORTS or name in ANYTHING, f"{name} is a new room: add it to IMPORTS in this test"
     assert re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(code(page)), re.M) == [name], f"{page} exports to {name}, once"
     for text in code(page):
@@ -63,9 +64,8 @@ def test_stairs_only_go_down(page):
 
 
 def test_one_page_per_floor_and_no_orphan_modules():
-    numbers = [f.stem[:2] for f in API]
-    assert len(set(numbers)) == len(numbers), "two pages share a floor"
-    assert {f.stem for f in MODULES} == {f.stem[3:] for f in API}, "htlab/*.py and nbs/api/*.ipynb differ (a renamed default_exp leaves its old .py behind)"
+    assert len(set(FLOOR.values())) == len(API), "two pages share a floor"
+    assert {f.stem for f in MODULES} == set(FLOOR), "htlab/*.py and nbs/api/*.ipynb differ (a renamed default_exp leaves its old .py behind)"
 
 
 @pages([p for p in PAGES if p not in API])
