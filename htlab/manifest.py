@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'COLUMNS', 'SCHEMA', 'RECEIPT', 'ManifestError', 'check_table', 'read_table', 'data_home', 'find_manifest',
-           'find_card', 'assign_splits', 'assign_folds', 'join_groups', 'check_files', 'Manifest', 'measure']
+           'find_card', 'card_parts', 'assign_splits', 'assign_folds', 'join_groups', 'check_files', 'Manifest',
+           'measure']
 
 # %% ../nbs/api/02_manifest.ipynb #5248a2de
 import csv, difflib, json, math, numbers, os, re
@@ -141,6 +142,11 @@ def find_card(name, folder=None) -> str: # the text of NAME.md; '' where there i
     "The card of a data set: source, licence, citation, patients, known problems, recommended split."
     cards = [p / f"{name}.md" for p in _places(folder)] if re.fullmatch(r"[\w.-]+", str(name)) else []
     return next((c.read_text(encoding="utf-8") for c in cards if c.is_file()), "")
+
+def card_parts(card: str) -> dict: # heading -> text
+    "The sections of a card, by their headings of the second level."
+    parts = re.split(r"^## +(.+)$", card, flags=re.M)
+    return {h.strip(): t.strip() for h, t in zip(parts[1::2], parts[2::2])}
 
 # %% ../nbs/api/02_manifest.ipynb #131d1e5e
 def _lot(seed, name): return sha256(f"{seed}/{name}".encode()).hexdigest() # a random number that no library version changes
@@ -381,8 +387,11 @@ class Manifest:
         test_rows: str = "",     # "scanner=C": only these of them
         classes: str = "",       # as in `pick`
         limit: int = 0,          # the first so many of each class; 0: all
-    ) -> "Manifest":             # test rows only, with the classes of this manifest in their order
-        "The rows to test on. ValueError if the other data set lacks a class, or holds images or groups of the train or valid rows here."
+        side: str = "test",      # or "valid": the test split stays sealed
+    ) -> "Manifest":             # rows of that side only, with the classes of this manifest in their order
+        "The rows to measure on. ValueError if the other data set lacks a class, or holds images or groups of the train or valid rows here."
+        if side not in ("test", "valid"): raise ValueError(f"measure_on={side!r}: use test, or valid while you still choose between settings")
+        if test_manifest and side == "valid": raise ValueError(f"measure_on='valid' with test_manifest={test_manifest!r}: another data set is read as a test, or not at all")
         m = t = self._of(classes)
         if test_manifest:
             t, whole = Manifest.load(test_manifest.removesuffix(":all")), test_manifest.endswith(":all")
@@ -392,8 +401,8 @@ class Manifest:
             if not whole and not t.df.split.eq("test").any(): raise ValueError(f"test_manifest={test_manifest!r}: it has no test split; {test_manifest}:all tests on all of it")
             t = replace(t, df=t.df.assign(split="test") if whole else t.df, classes=m.classes)
             t = t._keep(t.df.label.isin(m.classes), "of these classes")
-        keep = t.df.split.eq("test") & t._fits("test_rows", test_rows)
-        if not keep.any(): raise ValueError(f"test_rows={test_rows!r}: no such row in the test split of {t.name}")
+        keep = t.df.split.eq(side) & t._fits("test_rows", test_rows)
+        if not keep.any(): raise ValueError(f"test_rows={test_rows!r}: no such row in the {side} split of {t.name}")
         t = t._keep(keep, "left")
         if test_manifest:
             learned = m.df[~m.df.split.eq("test")]

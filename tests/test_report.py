@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from htlab import report
 from htlab.manifest import Manifest
-from htlab.report import RECIPES, REQUIRED, Run, RunFailed, RunFolder, check_parameters, compare, execute, external, find_run, find_runs, find_template, plan, sweep, to_html
+from htlab.report import LEDGER, RECIPES, REQUIRED, Run, RunFailed, RunFolder, check_parameters, compare, execute, external, find_run, find_runs, find_template, ledger, plan, sweep, to_html
 
 CODE = """import sys, numpy as np, pandas as pd
 from htlab.report import Run
@@ -140,9 +140,13 @@ def test_files_named_by_parameters_are_known_by_what_is_in_them(toy):
 
 
 def test_rows_that_are_not_to_be_had_are_errors_before_anything_runs(toy):
-    template(toy, defaults=DEFAULTS + "\nmanifest = 'phantom'\nclasses = ''\nrows = ''\nshots = 0.\nlimit = 0\ntest_manifest = ''\ntest_rows = ''")
-    for wrong, says in [({"rows": "scaner=A"}, "rows='scaner=A'.*no column"), ({"test_rows": "scanner=Z"}, "known: A, B, C"), ({"shots": 1e4}, "fewer shots"), ({"classes": "cyst"}, "known: benign"), ({"test_manifest": "phantom:all"}, "to train or validate on")]:
+    template(toy, defaults=DEFAULTS + "\nmanifest = 'phantom'\nclasses = ''\nrows = ''\nshots = 0.\nlimit = 0\ntest_manifest = ''\ntest_rows = ''\nprotocol = ''\nmeasure_on = 'test'")
+    for wrong, says in [({"rows": "scaner=A"}, "rows='scaner=A'.*no column"), ({"test_rows": "scanner=Z"}, "known: A, B, C"), ({"shots": 1e4}, "fewer shots"), ({"classes": "cyst"}, "known: benign"), ({"test_manifest": "phantom:all"}, "to train or validate on"),
+                        ({"protocol": "fold=6/5"}, "protocol='fold=6/5'"), ({"measure_on": "train"}, "use test, or valid"), ({"measure_on": "valid", "test_manifest": "phantom"}, "read as a test")]:
         with pytest.raises(ValueError, match=says): plan(toy, wrong)
+    plans = [plan(toy, w) for w in ({}, {"protocol": "seed=5"}, {"protocol": "leave=scanner:C"}, {"measure_on": "valid"})]
+    assert len({p["hash"] for p in plans}) == 4 and len({p["split_hash"] for p in plans}) == 3 and len({p["data_hash"] for p in plans}) == 1
+    assert set(plans[0]["cards"]["phantom"]) == {"Licence", "Citation"}
     table = pd.read_csv(ROOT / "data_manifests/phantom.csv", dtype=str, keep_default_na=False).head(20).assign(id=lambda d: "x" + d.id, group=lambda d: "x" + d.id, sha256=[f"{i:064x}" for i in range(20)])
     table.to_csv("other.csv", index=False); a = plan(toy, {"test_manifest": "other.csv:all"})
     table.assign(label=list(reversed(table.label))).to_csv("other.csv", index=False)
@@ -243,13 +247,58 @@ def test_a_run_by_hand_leaves_nothing_and_json_has_no_nan(tmp_path, monkeypatch)
     assert not folder.exists() and not list(tmp_path.iterdir())
 
 
-def test_each_look_at_the_test_split_is_a_line(tmp_path):
-    table = pd.DataFrame({"id": list("abcd"), "image": [f"sim:1/{i}" for i in range(4)], "mask": "", "label": "benign", "group": list("abcd"), "split": ["train", "valid", "test", "test"],
-                          "sha256": [f"{i:064x}" for i in range(4)], "width": 0, "height": 0})
-    m, less, n = Manifest(table, "m"), Manifest(table[1:], "m"), Manifest(table[:3], "n")
-    looks = [Run(tmp_path / f"runs/.partial/r{i}").look(x) for i, x in enumerate([m, less, n, m.split("test")])]  # fewer training images: the same test split
-    lines = (tmp_path / "runs/test_looks.csv").read_text().splitlines()
-    assert looks == [1, 2, 1, 3] and lines[0] == "time,run,manifest,split_hash" and len(lines) == 5
+def looked(n=4): # a manifest of n rows, the last two to be tested
+    ids = [chr(97 + i) for i in range(n)]
+    return pd.DataFrame({"id": ids, "image": [f"sim:1/{i}" for i in range(n)], "mask": "", "label": "benign", "group": ids, "split": ["train"] * (n - 3) + ["valid", "test", "test"], "sha256": [f"{i:064x}" for i in range(n)], "width": 0, "height": 0})
+
+
+def test_each_look_at_the_test_split_is_a_line_and_the_sealed_one_none(tmp_path):
+    table = looked()
+    m, less, n = Manifest(table, "m, by hand"), Manifest(table[1:], "m, by hand"), Manifest(table[:3], "n")
+    looks = [Run(tmp_path / f"runs/.partial/r{i}").look(x) for i, x in enumerate([m, less, n, m.split("valid"), m.split("test")])]  # fewer training images: the same test split
+    said = ledger(tmp_path / "runs")
+    assert looks == [1, 2, 1, 0, 3] and list(said.n) == ["2", "2", "1", "2"] and said.test.nunique() == 2 and tuple(said) == LEDGER
+    run = Run(tmp_path / "runs/.partial/r9"); run.look(m.split("valid")); assert run.config["test_hash"] == m.split("valid").split_hash and "sealed" in run.card(m)
+    run.look(m); assert run.config["test_look"] == 4 and run.config["test_seal"] == ledger(tmp_path / "runs").seal.iloc[-1] and "look 4" in run.card(m)
+
+
+@pytest.fixture(scope="module")
+def six_looks(tmp_path_factory):
+    home = tmp_path_factory.mktemp("looks")
+    for i in range(6): Run(home / f".partial/r{i}").look(Manifest(looked(4 + i % 2), "m"))
+    assert len(ledger(home)) == 6
+    return home, (home / "test_ledger.csv").read_text()
+
+
+@given(at=st.integers(0, 4), how=st.sampled_from(["change", "drop", "double", "swap", "column"]), field=st.integers(0, 5))
+def test_a_ledger_that_was_edited_says_where(six_looks, at, how, field):
+    home, text = six_looks; path = home / "test_ledger.csv"; head, *lines = text.splitlines()
+    if how == "change": cells = lines[at].split(","); cells[field] += "1"; lines[at] = ",".join(cells)
+    if how == "drop": del lines[at]
+    if how == "double": lines.insert(at, lines[at])
+    if how == "swap": lines[at], lines[at + 1] = lines[at + 1], lines[at]
+    if how == "column": head = head.replace("seal", "sael")
+    path.write_text("\n".join([head, *lines]) + "\n")
+    where = 1 if how == "column" else at + 3 if how == "double" else at + 2
+    with pytest.raises(ValueError, match=rf"test_ledger.csv, line {where}\b.*say so where you report"): ledger(home)
+
+
+def test_nothing_is_entered_behind_an_edit(six_looks):
+    home, text = six_looks; path = home / "test_ledger.csv"; path.write_text(text.replace(",m,", ",n,", 1)); edited = path.read_text()
+    with pytest.raises(ValueError, match="test_ledger.csv, line 2"): Run(home / ".partial/r9").look(Manifest(looked(), "m"))
+    assert path.read_text() == edited
+
+
+def test_looks_of_many_processes_are_all_there(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from test_report import looked, Run, Manifest\nfor i in range(10): Run({str(tmp_path)!r} + '/runs/.partial/r' + sys.argv[1] + str(i)).look(Manifest(looked(), 'm'))"
+    both = [subprocess.Popen([sys.executable, "-c", code, str(k)]) for k in range(3)]
+    assert [p.wait(timeout=120) for p in both] == [0, 0, 0] and len(ledger(tmp_path / "runs")) == 30
+
+
+def test_a_report_names_licence_citation_protocol_and_look(tmp_path):
+    m = Manifest.load("phantom"); run = Run(tmp_path / "runs/.partial/r"); run.log(**plan(find_template("segment"), {"protocol": "leave=scanner:C"})); p = m.protocol("leave=scanner:C"); run.look(p)
+    said = run.card(p, Manifest(looked(), "other"))
+    for words in ("Apache-2.0", "Cite HTLab", "leave=scanner:C", p.split_hash[:8], m.data_hash[:8], "the first", "other, 4 rows. Its card names neither"): assert words in said
 
 
 # sweep
@@ -413,6 +462,19 @@ def test_paired_differences_are_the_known_ones(tmp_path, monkeypatch):
     page = both.save("deep/compare.html").read_text()
     assert not external(page) and "+0.100" in page and "base64" in page
     assert "+0.100" in str(both) and "+0.100" in both._repr_html_()
+
+
+def test_different_protocols_stand_in_a_column_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path); cards = dict(cards={"busi": {"Licence": "CC0", "Citation": "Al-Dhabyani 2020"}})
+    a, b = fake("a", [.1, .2, .3], test_hash="t1" * 32, **cards), fake("b", [.2, .3, .4], test_hash="t1" * 32)
+    assert not {"split", "test split"} & set(compare(a, b).table)
+    c, d = fake("c", [.2, .3, .4], split="s2", test_hash="t2" * 32), fake("d", [.2, .3, .4], split="s2", test_hash="t1" * 32)
+    two = compare(a, c)
+    assert list(two.table["split"]) == ["s1", "s2"] and list(two.table["test split"]) == ["t1t1t1t1", "t2t2t2t2"] and any("different test splits" in n for n in two.notes) and two.paired.empty
+    labels = [t.get_text() for ax in two.figure().axes for t in ax.get_yticklabels()]; assert any("t1t1t1t1" in t for t in labels) and any("t2t2t2t2" in t for t in labels)
+    same = compare(a, d)
+    assert "test split" not in same.table and "split" in same.table and any("learned by different protocols" in n for n in same.notes) and len(same.paired)
+    page = two.save("c.html").read_text(); assert "t2t2t2t2" in page and "CC0" in page and "Al-Dhabyani" in page and "CC0" in str(two)
 
 
 @pytest.mark.parametrize("other, says", [(dict(split="s2"), "different test splits"), (dict(ids=list("abc")), r"different cases \(0 in common of 3 and 3\)")])
