@@ -54,12 +54,30 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--base", default="", metavar="NAME=VALUE", help="compare each with the one that has this value and else the same settings, such as adapter=none")
     compare.add_argument("--html", metavar="FILE", help="where the page goes (default: into the folder of runs)")
     runs(compare)
-    data = add("data", "import a data set, or list those known").add_subparsers(dest="data", metavar="COMMAND", title="commands", required=True)
-    imp = add("import", "check a data set's official folder or zip against its manifest and import it", data)
-    imp.add_argument("name", help="busi")
-    imp.add_argument("source", metavar="FOLDER_OR_ZIP")
-    imp.add_argument("--allow-missing", action="store_true", help="keep what is there if images are missing")
-    add("list", "list the manifests and whether their images are here", data)
+    data = add("data", "fetch, import, audit and list data sets").add_subparsers(dest="data", metavar="COMMAND", title="commands", required=True)
+    def name(p): p.add_argument("name", help="of the data set; `htlab data list` lists them"); return p
+    imp = name(add("import", "check a data set as its publisher packed it, or your own images, and import it: complete or not at all", data))
+    imp.add_argument("source", metavar="FOLDER_OR_ARCHIVE")
+    imp.add_argument("--as", dest="kind", metavar="KIND", help="your own images, under a new name: folder, csv, dicom, nifti, coco or labelme (or auto)")
+    imp.add_argument("-o", action="append", metavar="NAME=VALUE", help="an option of that kind; may be repeated (a wrong one lists all)")
+    imp.add_argument("--allow-missing", action="store_true", help="leave out what is missing or damaged, and say so")
+    get = name(add("fetch", "download a data set where licence and host allow it, check and import it; otherwise say where to get it", data))
+    get.add_argument("--accept-licence", action="store_true", help="you have read a licence that the card calls unclear, and may use the images")
+    get.add_argument("--mirror", action="append", default=[], metavar="URL", help="a folder of your own institute to try first; may be repeated")
+    get.add_argument("--only", action="store_true", help="download and check, but do not import")
+    aud = name(add("audit", "look for copies, label conflicts, leaks between splits, faulty masks, burned-in marks and drift; a name or a .csv", data))
+    aud.add_argument("--to", metavar="DIR", help="where the report goes (default: audit-NAME)")
+    aud.add_argument("--embed", metavar="BACKBONE", default="", help="list neighbours in the space of this tower as hints, too")
+    aud.add_argument("--source", metavar="COLUMN", default="", help="the column that names scanner or centre")
+    aud.add_argument("--protocol", default="", help="audit the splits of this protocol (see the templates' parameter)")
+    aud.add_argument("--repair", choices=["majority", "reassign"], help="write a manifest in which copies share a group and no group is on two sides: moved to the side of most of it, or split anew")
+    aud.add_argument("--drop-conflicts", action="store_true", help="with --repair: leave out images whose copies have another label")
+    name(add("card", "print a data set's card: source, licence, citation, patients, known problems, recommended split", data))
+    cache = add("cache", "list the stores of decoded images", data)
+    cache.add_argument("--clear", nargs="?", const="", metavar="NAME", help="delete those whose names begin so (without a name: all); they are made anew when needed")
+    add("list", "list the data sets and whether their images are here", data)
+    look = add("ledger", "list the looks at test splits, and check that none was edited")
+    runs(look)
     demo = add("demo", "the main job on simulated ultrasound: zero-shot, frozen, adapted")
     demo.add_argument("-p", action="append", metavar="NAME=VALUE", help="a parameter of the demo; may be repeated")
     demo.add_argument("--again", action="store_true", help="compute even if it is finished")
@@ -112,22 +130,88 @@ def _compare(args):
     print(both)
     print(f"report: {both.save(args.html or Path(args.runs) / f'compare-{both.hash[:8]}.html')}")
 
-def _data(args):
-    import htlab
-    from htlab import manifest
+def _data(args): globals()[f"_data_{args.data}"](args)
+
+def _published(name, also=""):
+    from htlab.importers import IMPORTERS
+    if name in IMPORTERS: return IMPORTERS[name]
+    near = difflib.get_close_matches(name, IMPORTERS, 1, .5)
+    raise Usage(f"no importer for {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(IMPORTERS)}") + also)
+
+def _data_import(args):
+    if args.kind is None and args.o: raise Usage("-o is for your own images: say what they are with --as")
+    if args.kind is None: _published(args.name, "; your own images need --as KIND")(args.source, allow_missing=args.allow_missing)
+    else:
+        from htlab.generic import OWN, import_own
+        if args.kind not in ("auto", *OWN): raise Usage(f"--as {args.kind}: there are {', '.join(OWN)}, and auto")
+        import_own(args.name, args.source, "" if args.kind == "auto" else args.kind, allow_missing=args.allow_missing, **parse_assignments(args.o, "-o"))
+
+def _data_fetch(args):
+    from htlab.fetch import FetchError, fetch
+    bring = _published(args.name)
+    try: path = fetch(args.name, accept=args.accept_licence, mirrors=args.mirror)
+    except FetchError as e:
+        print(str(e).partition("\n")[2])  # how to get it by hand; the reason is the error
+        raise
+    print(path)
+    if not args.only: bring(path)
+
+def _data_audit(args):
+    from htlab.audit import audit
     from htlab.manifest import Manifest
-    if args.data == "import":
-        importers = {k.removeprefix("import_"): f for k, f in vars(manifest).items() if k.startswith("import_")}
-        near = difflib.get_close_matches(args.name, importers, 1, .5)
-        if args.name not in importers: raise Usage(f"no importer for {args.name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(importers)}"))
-        importers[args.name](args.source, allow_missing=args.allow_missing)
-        return
-    folders = [Path("data_manifests"), Path(htlab.__file__).parent.parent / "data_manifests"]
-    for name in sorted({p.stem for f in folders for p in f.glob("*.csv")}):
+    m = Manifest.load(args.name).protocol(args.protocol)
+    if not args.repair and args.drop_conflicts: raise Usage("--drop-conflicts goes with --repair")
+    read = embed = None
+    if m.df.image.str.startswith("sim:").all():
+        from htlab.dataset import draw_scenes
+        drawn = dict(zip(m.df.id, draw_scenes(list(m.df.image), 224)))
+        read = lambda row: tuple(drawn[row["id"]])
+    if args.embed:
+        embed = _embedder(args.embed)
+    found = audit(m, read, embed, args.source)
+    print(found.counts().to_string())
+    print(f"report: {found.save(args.to or f'audit-{m.name}') / 'audit.html'}")
+    if args.repair:
+        table, root = found.repaired(args.repair, "drop" if args.drop_conflicts else "keep"), m.root if read is None else Path(args.to or f"audit-{m.name}").parent
+        print(f"repaired: -p manifest={Manifest(table, f'{m.name}-repaired', root, m.classes, m.card).save(root / f'{m.name}-repaired.csv')}")
+
+def _embedder(name): # list of uint8 images -> (N, E)
+    import numpy as np, torch
+    from PIL import Image
+    from htlab.backbone import load_backbone
+    from htlab.store import letterbox
+    tower = load_backbone(name, text=False)
+    def boxed(a): grey = np.asarray(Image.fromarray(a).convert("L")); return letterbox(grey, np.zeros(grey.shape, bool), tower.size, tower.interpolation)[:1]
+    @torch.no_grad()
+    def embed(images): return tower.embed_image(torch.from_numpy(np.stack([boxed(a) for a in images])).float().div(255).expand(-1, 3, -1, -1)).numpy()
+    return embed
+
+def _data_card(args):
+    from htlab.manifest import find_card, find_manifest
+    if not (card := find_card(args.name)): card = "" if not (p := find_manifest(args.name).with_suffix(".md")).is_file() else p.read_text(encoding="utf-8")
+    print(card or f"{args.name} has no card")
+
+def _data_cache(args):
+    from htlab.store import clear, stores
+    if args.clear is not None: print(f"{clear(args.clear):.1f} MB are free again")
+    else: print(stores().drop(columns="path").to_string(index=False) if len(stores()) else "no stores")
+
+def _data_list(args):
+    from htlab.importers import IMPORTERS
+    from htlab.manifest import Manifest, known_manifests
+    for name in sorted({*known_manifests(), *IMPORTERS}):
         try: m, state = (m := Manifest.load(name)), f"{len(m)} of {m.total} images here"
-        except FileNotFoundError as e: m, state = Manifest.load(name, files=False), str(e).split("; ", 1)[-1]
+        except FileNotFoundError as e:
+            state = str(e).split("; ", 1)[-1]
+            try: m = Manifest.load(name, files=False)
+            except FileNotFoundError: print(f"{name:12s} {state}"); continue
         if m.df.image.str.startswith("sim:").all(): state = f"{len(m)} images, simulated"
         print(f"{name:12s} {', '.join(m.classes)}: {state}")
+
+def _ledger(args):
+    from htlab.report import ledger
+    rows = ledger(args.runs)
+    print(rows.assign(test=rows.test.str[:8], look=rows.groupby("test").cumcount() + 1).drop(columns="seal").to_string(index=False) if len(rows) else f"no look at a test split is recorded in {args.runs}")
 
 def _backbones(args):
     from htlab.backbone import list_backbones
@@ -154,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:  # arguments without 'htlab'; No
             args = (p := parser()).parse_args(argv)
             if args.version: _version()
             elif args.command is None: p.print_help(); return 2
-            else: dict(run=_run, compare=_compare, data=_data, demo=_demo, backbones=_backbones, version=_version)[args.command](args)
+            else: dict(run=_run, compare=_compare, data=_data, ledger=_ledger, demo=_demo, backbones=_backbones, version=_version)[args.command](args)
             sys.stdout.flush()
             return 0
         except BrokenPipeError:  # htlab ... | head

@@ -121,19 +121,32 @@ class Source:
             if m is None: return
             yield m.name.removeprefix("./"), m, m.size, packed, m.isdir(), not (m.isreg() or m.isdir()), False
 
-    def read(self, name: str) -> bytes:
-        "The bytes of one file; `BadFile` when it is not there or its archive is damaged at that place."
-        if name not in self._files: raise BadFile(name, "is missing", "missing")
+    def size(self, name: str) -> int: # bytes
+        "The size of one file, as its folder or archive states it."
         f = self._files[name]
+        return f.file_size if self._zip else f.size if self._tar else f.stat().st_size
+
+    def blocks(self, name: str): # iterator of bytes
+        "The bytes of one file in pieces of up to 256 kB, and never more than the archive's directory says; `BadFile` when it is not there or its archive is damaged at that place."
+        if name not in self._files: raise BadFile(name, "is missing", "missing")
+        f, got = self._files[name], 0
         try:
-            if self._zip: return self._zip.read(f)
-            if self._tar: return self._tar.extractfile(f).read()
-            if f.stat().st_size > MAX_FILE: raise BadFile(name, "is larger than any image")
-            return f.read_bytes()
+            if (size := self.size(name)) > MAX_FILE: raise BadFile(name, "is larger than any image")
+            if self._zip and f.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise BadFile(name, "is packed with a method that cannot be read in small pieces; pack it again as an ordinary zip")
+            with self._zip.open(f) if self._zip else self._tar.extractfile(f) if self._tar else open(f, "rb") as r:
+                while block := r.read(min(1 << 18, size + 1 - got)):
+                    got += len(block)
+                    if got > size: break
+                    yield block
+            if got != size: raise BadFile(name, "has another size than the archive's directory says" if self._zip or self._tar else "changed while it was read")
         except PermissionError: raise BadFile(name, "may not be read; change its permissions") from None
         except BadFile: raise
         except Exception as e: # a decoder on foreign bytes may raise anything
             raise BadFile(name, f"{'is damaged in the archive' if self._zip or self._tar else 'cannot be read'} ({str(getattr(e, 'strerror', '') or e)[:80]})") from None
+
+    def read(self, name: str) -> bytes:
+        "All bytes of one file; errors as in `blocks`."
+        return b"".join(self.blocks(name))
 
     def top(self, *landmarks: str) -> str: # 'images/', 'bus_data.csv': names or beginnings of names that the data set must have
         "The prefix (`''` or `'folder/'`) under which all landmarks lie, at most two folders down. FileNotFoundError if there is none, ValueError if there are several."

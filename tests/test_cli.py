@@ -32,7 +32,10 @@ def fails(capsys, code, *words):
     (["compare", "sweep-1"], 1, "no sweep 'sweep-1'"), (["compare", "a", "b", "--base"], 2, "--base"),
     (["run", "segment", "-p", "manifest=absent"], 1, "absent"), (["run", "segment", "-p", "manifest=phantmo"], 1, "phantom"),
     (["compare", "a"], 2, "two runs"), (["compare", "a", "b"], 1, "no run 'a'"), (["data"], 2, "required|COMMAND"), (["data", "import", "bsui", "x"], 2, "did you mean 'busi'"),
-    (["data", "import", "busi", "absent"], 1, "absent")])
+    (["data", "import", "busi", "absent"], 1, "absent"), (["data", "import", "mine", "x"], 2, "your own images need --as KIND"), (["data", "import", "busi", "x", "-o", "a=1"], 2, "--as"),
+    (["data", "import", "mine", "x", "--as", "dicomm"], 2, "there are folder, csv, dicom"), (["data", "import", "mine", "absent", "--as", "folder"], 1, "absent"), (["data", "fetch", "mine"], 2, "no importer"),
+    (["data", "audit", "bsui"], 1, "did you mean 'busi'"), (["data", "audit", "phantom", "--drop-conflicts"], 2, "--repair"), (["data", "audit", "phantom", "--protocol", "fold=9/3"], 1, "protocol='fold=9/3'"),
+    (["data", "card", "bsui"], 1, "did you mean 'busi'"), (["data", "cache", "--clear", "absent"], 1, "no store 'absent'")])
 def test_mistakes_are_one_line(toy, capsys, words, code, says):
     import re
     lines = fails(capsys, code, *words)
@@ -78,6 +81,56 @@ def test_a_sweep_from_the_command_line_and_its_comparison(instant, capsys):
 
 def test_backbones_are_listed(toy, capsys):
     assert main(["backbones"]) == 0 and "tiny" in capsys.readouterr().out
+
+
+def drawn(folder, n=8):
+    import numpy as np
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for d in ("images", "masks"): (folder / d).mkdir(parents=True)
+    for i in range(n):
+        image, mask = rng.rayleigh(60, (150, 180)).clip(0, 255).astype("uint8"), np.zeros((150, 180), "uint8"); mask[40:90, 50:110] = 255
+        if i == n - 1: image = np.asarray(Image.open(folder / "images/p0_0.png"))
+        Image.fromarray(image).save(folder / f"images/p{i}_{i % 3}.png"); Image.fromarray(mask).save(folder / f"masks/p{i}_{i % 3}.png")
+
+
+def test_own_images_are_imported_audited_repaired_and_listed(toy, capsys, tmp_path, monkeypatch):
+    from htlab.manifest import Manifest
+    monkeypatch.setenv("HTLAB_DATA", str(tmp_path / "data")); monkeypatch.setenv("HTLAB_CACHE", str(tmp_path / "cache")); drawn(tmp_path / "pictures")
+    assert main(["data", "import", "mine", "pictures", "--as", "folder", "-o", "label=lesion", "-o", "group=(p[0-9]+)_"]) == 0
+    assert "wrong" not in capsys.readouterr().out and main(["data", "audit", "mine", "--embed", "tiny", "--repair", "majority"]) == 0
+    out = capsys.readouterr().out
+    assert "identical pairs" in out and Path("audit-mine/audit.html").is_file()
+    fixed = Manifest.load(out.strip().splitlines()[-1].removeprefix("repaired: -p manifest=")).verify()
+    assert len(fixed) == 8 and fixed.df.groupby("sha256").group.nunique().max() == 1
+    assert main(["data", "list"]) == 0 and "mine" in capsys.readouterr().out
+    assert main(["data", "cache"]) == 0 and "no stores" in capsys.readouterr().out
+
+
+def test_what_cannot_be_fetched_is_explained(toy, capsys):
+    for name in ("ln-int", "busi"):
+        assert main(["data", "fetch", name]) == 1
+        out, err = capsys.readouterr()
+        assert f"htlab data import {name} " in out and len(err.strip().splitlines()) == 1
+    assert main(["data", "card", "ddti"]) == 0 and "TI-RADS" in capsys.readouterr().out
+
+
+def test_a_fetched_set_is_imported(toy, capsys, tmp_path, monkeypatch):
+    from htlab import fetch, importers
+    done = []
+    monkeypatch.setattr(fetch, "fetch", lambda name, **kw: done.append((name, kw)) or tmp_path / "x.zip"); monkeypatch.setitem(importers.IMPORTERS, "busbra", lambda src: done.append(src))
+    assert main(["data", "fetch", "busbra", "--mirror", "https://a.example/x"]) == 0 == main(["data", "fetch", "busbra", "--only", "--accept-licence"])
+    assert done == [("busbra", dict(accept=False, mirrors=["https://a.example/x"])), tmp_path / "x.zip", ("busbra", dict(accept=True, mirrors=[]))]
+
+
+def test_the_ledger_is_listed_and_checked(toy, capsys):
+    from htlab.manifest import Manifest
+    from htlab.report import Run
+    assert main(["ledger"]) == 0 and "no look" in capsys.readouterr().out
+    for i in range(2): Run(f"runs/.partial/r{i}").look(Manifest.load("phantom"))
+    assert main(["ledger"]) == 0 and "phantom" in capsys.readouterr().out
+    p = Path("runs/test_ledger.csv"); p.write_text(p.read_text().replace("phantom", "phantasm", 1))
+    assert "line 2" in fails(capsys, 1, "ledger")[-1]
 
 
 def test_small_commands(toy, capsys):

@@ -12,6 +12,7 @@ SMOKE = {
     "lessons/02_your_own_adapter": dict(limit=4, epochs=1, templates="segment,contrast,zero_shot"),
     "lessons/03_the_published_recipe": dict(shots=3, limit=3, epochs=1, seeds="1", changes="no normalisation,paper"),
     "lessons/04_small_lesions": dict(limit=6, epochs=1, seeds="1"),
+    "lessons/09_the_data_set_is_the_experiment": dict(scenes=40, repeats=2),
     "experiments/segment": dict(limit=4, epochs=1),
     "experiments/classify": dict(limit=4, epochs=1),
     "experiments/contrast": dict(limit=4, epochs=1),

@@ -37,13 +37,16 @@ def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struc
 def claims(w, h, bits=8): return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, bits, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"])
-@pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "tiff", "gif", "webp"])
-def test_every_mode_and_format_becomes_grey_or_rgb_bytes(mode, kind):
+def saved(mode, kind): # an image file of this mode and format; None where there is none
     im = Image.fromarray(grey().astype(np.uint16) * 200) if mode == "I;16" else Image.fromarray(grey()).convert("RGB").convert(mode) if mode not in ("I", "F", "PA", "LA") else Image.fromarray(grey()).convert(mode if mode != "PA" else "LA").convert(mode)
     try: im.save(out := io.BytesIO(), kind)
-    except (OSError, ValueError, KeyError): pytest.skip("not of this format")
-    a = read_image(out.getvalue())
+    except (OSError, ValueError, KeyError): return None
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("mode, kind", [(m, k) for m in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F") for k in ("png", "jpeg", "bmp", "tiff", "gif", "webp") if saved(m, k)])
+def test_every_mode_and_format_becomes_grey_or_rgb_bytes(mode, kind):
+    a = read_image(saved(mode, kind))
     assert a.dtype == np.uint8 and a.shape in ((20, 30), (20, 30, 3)) and np.ptp(a) > 0
 
 
@@ -463,3 +466,21 @@ def test_it_says_what_it_did(tmp_path, capsys):
 
 def test_source_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", "import sys, htlab.source; assert not {'torch', 'nibabel', 'scipy'} & set(sys.modules)"], cwd=REPO).returncode == 0
+
+
+@pytest.mark.parametrize("claimed", [100, 5_000_000])
+def test_a_zip_whose_directory_lies_costs_no_memory(tmp_path, claimed):
+    import struct, tracemalloc
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as z: z.writestr("x.png", bytes(200 << 20))
+    raw = bytearray((tmp_path / "a.zip").read_bytes()); at = raw.rindex(b"PK\1\2"); raw[at + 24:at + 28] = struct.pack("<I", claimed)
+    (tmp_path / "a.zip").write_bytes(bytes(raw))
+    with Source(tmp_path / "a.zip") as s:
+        tracemalloc.start()
+        with pytest.raises(BadFile, match="x.png"): s.read("x.png")
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20; tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_methods_that_inflate_in_one_go_are_refused(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as z: z.writestr("x.png", b"x" * 1000)
+    with Source(tmp_path / "a.zip") as s, pytest.raises(BadFile, match="ordinary zip"): s.read("x.png")
