@@ -7,7 +7,7 @@ __all__ = ['OWN', 'read_lesion', 'import_folder', 'import_csv', 'read_spacing', 
            'import_nifti', 'read_json', 'decode_rle', 'import_coco', 'import_labelme', 'own_options', 'detect_kind',
            'import_own']
 
-# %% ../nbs/api/02c_generic.ipynb #f60686e5
+# %% ../nbs/api/02c_generic.ipynb #3e36f70a
 import base64, binascii, inspect, io, json, posixpath, re, unicodedata, warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from .importers import IMPORTERS, fill_polygons
 from .manifest import COLUMNS, Manifest, data_home, find_manifest, join_groups
 from .source import MAX_FILE, MAX_PIXELS, BadFile, Row, Source, _n, _some, commit, read_csv, read_image, read_nifti, to_uint8
 
-# %% ../nbs/api/02c_generic.ipynb #dd678b11
+# %% ../nbs/api/02c_generic.ipynb #855dbb3e
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
 _ENDING = re.compile(r"\.(nii\.gz|nii|dcm|dicom|ima|json|" + "|".join(e[1:] for e in _PICTURES) + ")$", re.I)
 _IMAGE = set("image images img imgs scan scans picture pictures frame frames input inputs".split())
@@ -85,7 +85,7 @@ def _pair(images, masks, problems=None): # -> {name of an image: names of its ma
         elif problems is not None: problems.append(BadFile(m.name, "is a mask by its name or folder, and has no image of that name", "missing"))
     return pairs
 
-# %% ../nbs/api/02c_generic.ipynb #a4549dfe
+# %% ../nbs/api/02c_generic.ipynb #01b65817
 def _opened(src): # -> the Source, and the names to look at: all, or the one file that was given
     p = Path(src).expanduser()
     alone = p.is_file() and (p.suffix.lower() in (".csv", *_PICTURES) or _ENDING.search(p.name))
@@ -134,7 +134,7 @@ def _once(make): # keep the last result, or why there is none: slices of one vol
         return last[key]
     return get
 
-# %% ../nbs/api/02c_generic.ipynb #b9a0b70b
+# %% ../nbs/api/02c_generic.ipynb #17c6a596
 def _values(text): # 'positive=1,2' -> [1, 2]
     try: return [int(v) for v in str(text).split(",")] if str(text).strip() else []
     except ValueError: raise ValueError(f"positive={text!r}: give whole numbers, such as 1 or 1,2") from None
@@ -190,7 +190,7 @@ def import_folder(
         rows = [Row(dict(id=f.plain, label=_clean(label) or f.label, group=patient(f.name), split=f.split, source=f.name), partial(source.read, f.name), _united(source, pairs[f.name], problems, values), f.name, (pairs[f.name] or [""])[0]) for f in images]
         return _finish(name, source, rows, problems, set(source_[1]) - {f.name for f in files}, dest, allow_missing, progress)
 
-# %% ../nbs/api/02c_generic.ipynb #4602d12c
+# %% ../nbs/api/02c_generic.ipynb #b3e106fe
 _COLUMNS = dict(image="image imagepath imagefile imagename img imgpath imagefilename file filename filepath path name imageid imgid", mask="mask maskpath maskfile maskname maskfilename segmentation seg segpath segmentationpath gt groundtruth",
     label="label class category diagnosis pathology classification target labelname classname", group="group patient patientid pid case caseid subject subjectid", split="split subset partition", spacing_mm="spacingmm spacing pixelsizemm mmperpixel", text="text caption report description")
 
@@ -278,7 +278,7 @@ def _table(source, names, table, image=""): # the name of the csv that lists ima
     if len(tables) > 1: raise ValueError(f"{source.src}: which table? {_some(sorted(tables))}; name one with table=")
     return tables[0]
 
-# %% ../nbs/api/02c_generic.ipynb #99cef2a9
+# %% ../nbs/api/02c_generic.ipynb #9102d061
 _WHO = "PatientName PatientID OtherPatientIDs OtherPatientNames PatientBirthName PatientMotherBirthName PatientBirthDate AccessionNumber StudyInstanceUID SeriesInstanceUID SOPInstanceUID".split()
 _OTHERS = (*_PICTURES, ".csv", ".json", ".nii", ".nii.gz", ".txt", ".md", ".xml", ".pdf", ".zip", ".mp4", ".avi") # where no DICOM is looked for
 _NOBODY = re.compile(r"[\W_0x]*|(anon\w*|unknown|none|null|removed|de-?identified|no[ ^_]?(name|id))[\W_\d]*", re.I)
@@ -373,7 +373,7 @@ def dicom_frame(
         v = to_uint8(v, name)
         return 255 - v if kind == "MONOCHROME1" else v
 
-# %% ../nbs/api/02c_generic.ipynb #da4fe01f
+# %% ../nbs/api/02c_generic.ipynb #9b7d6281
 def _frames(text): # 'frames=' -> which of n frames
     if str(text) in ("first", "middle", "all"): return dict(first=lambda n: [0], middle=lambda n: [n // 2], all=range)[text]
     if re.fullmatch(r"[1-9]\d{0,5}", str(text)): return lambda n: range(0, n, int(text))
@@ -432,8 +432,8 @@ def import_dicom(
     with source_[0] as source:
         for n in tqdm([n for n in source_[1] if not n.lower().endswith(_OTHERS)], desc="headers", unit="file", disable=not progress):
             try:
+                if not _is_dicom(source, n): unknown.append(n); continue
                 data = source.read(n)
-                if data[128:132] != b"DICM" and not n.lower().endswith((".dcm", ".dicom", ".ima")): unknown.append(n); continue
                 digests.append(sha256(data).digest())
                 ds = read_dicom(data, n, veil.read) # of a truncated file, too: it may be called after its patient
                 with _quiet(n): heads[n] = _head(ds)
@@ -462,6 +462,8 @@ def import_dicom(
         if not heads and not faults: raise FileNotFoundError(f"{source.src}: no DICOM file in it; give the folder or archive that holds them")
         return _finish(name, source, rows, problems, [*map(veil.path, [*unknown, *lost])], dest, allow_missing, progress)
 
+def _is_dicom(source, name): return name.lower().endswith((".dcm", ".dicom", ".ima")) or next(source.blocks(name), b"")[128:132] == b"DICM" # by its name, which may promise too much, or by its first bytes
+
 def _head(ds): # what the import needs of a header
     notes, names = [], [str(ds.get(k) or "").strip() for k in _WHO if "Name" in k]
     patient, study, burned = (str(v or "").strip() for v in map(ds.get, ("PatientID", "StudyInstanceUID", "BurnedInAnnotation")))
@@ -472,7 +474,7 @@ def _head(ds): # what the import needs of a header
     spacing, why = read_spacing(ds)
     return dict(frames=int(ds.get("NumberOfFrames") or 1), patient=patient, study=study, spacing=spacing, notes=notes + [f"no spacing: {why}"] * bool(why))
 
-# %% ../nbs/api/02c_generic.ipynb #7866bade
+# %% ../nbs/api/02c_generic.ipynb #0a45894f
 def import_nifti(
     name,                        # of the new data set
     src,                         # folder or archive with .nii or .nii.gz: images/ and masks/, imagesTr/ and labelsTr/, or X.nii.gz beside X_seg.nii.gz
@@ -524,7 +526,7 @@ def import_nifti(
                 rows.append(Row(c, partial(image, c, f.name, like, z), (lambda m=m, z=z: lesion(m)[z]) if m else None, f.name, m))
         return _finish(name, source, rows, problems, set(source_[1]) - {f.name for f in files}, dest, allow_missing, progress)
 
-# %% ../nbs/api/02c_generic.ipynb #536a8231
+# %% ../nbs/api/02c_generic.ipynb #6c72b2ee
 def read_json(data: bytes, name: str = "file", limit: int = 64 << 20): # the bytes; their name in messages; the most bytes it may have -> what is in it
     "JSON from a stranger. `BadFile` for too many bytes, NaN and Infinity (no JSON), absurd nesting, or what is no JSON."
     def refuse(word): raise BadFile(name, f"holds {word}, which is no number of JSON")
@@ -566,7 +568,7 @@ def decode_rle(
     if sum(runs) != shape[0] * shape[1]: raise BadFile(name, f"its run lengths do not make up {shape[1]} x {shape[0]} pixels")
     return np.repeat(np.arange(len(runs)) % 2 > 0, runs).reshape(shape[::-1]).T
 
-# %% ../nbs/api/02c_generic.ipynb #3920cfba
+# %% ../nbs/api/02c_generic.ipynb #1076b368
 def _fill(shapes, get, want, image, file): # shapes: (category, area, polygons or (counts, (H, W))) -> (H, W) bool
     with Image.open(io.BytesIO(get())) as im: shape = im.size[::-1]
     if want and want != shape: raise BadFile(image, f"is {shape[1]} x {shape[0]} pixels, {file} describes one of {want[1]} x {want[0]}")
@@ -653,7 +655,7 @@ def import_coco(
             if what: problems.append(BadFile(_some(what, 2), f"{_n(len(what), 'image')}: {why}", "note"))
         return _finish(name, source, rows, problems, {n for n in source_[1] if n.lower().endswith(_PICTURES)} - set(used), dest, allow_missing, progress)
 
-# %% ../nbs/api/02c_generic.ipynb #3dbaaeff
+# %% ../nbs/api/02c_generic.ipynb #f383b750
 def _labelme_shape(s, name): # -> (label, area, [polygon]); None: of another kind
     kind, p = s.get("shape_type", "polygon"), _points(s.get("points"), name)
     if kind == "rectangle" and len(p) == 2: (a, b), (c, d) = p; p = [(a, b), (c, b), (c, d), (a, d)]
@@ -700,7 +702,7 @@ def import_labelme(
         if mixed: problems.append(BadFile(_some(mixed, 2), f"{_n(len(mixed), 'image')}: shapes of several labels: the label is that of the largest", "note"))
         return _finish(name, source, rows, problems, {n for n in source_[1] if n.lower().endswith(_PICTURES)} - set(used), dest, allow_missing, progress)
 
-# %% ../nbs/api/02c_generic.ipynb #08392910
+# %% ../nbs/api/02c_generic.ipynb #02146e70
 OWN = {"folder": import_folder, "csv": import_csv, "dicom": import_dicom, "nifti": import_nifti, "coco": import_coco, "labelme": import_labelme}
 
 def own_options(kind: str) -> dict: # a name in OWN -> {option: its default}
@@ -713,7 +715,7 @@ def detect_kind(src) -> str: # folder, archive or file -> a name in OWN
     with source:
         ends, found = lambda *e: [n for n in names if n.lower().endswith(e)], {}
         if ends(".nii", ".nii.gz"): found["nifti"] = 1
-        if any(n.lower().endswith((".dcm", ".dicom", ".ima")) or source.read(n)[128:132] == b"DICM" for n in names if not n.lower().endswith(_OTHERS)): found["dicom"] = 1
+        if any(_is_dicom(source, n) for n in names if not n.lower().endswith(_OTHERS)): found["dicom"] = 1
         for n in ends(".json")[:50]:
             d = read_json(source.read(n), n, 256 << 20)
             if isinstance(d, dict) and {"images", "annotations"} <= set(d): found["coco"] = 1

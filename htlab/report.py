@@ -535,6 +535,31 @@ class _Arm:
         each = {m: [(r.metrics.get(m) or {}).get("value") for r in runs] for m in self.metrics}
         self.metrics = {m: pooled.get(m) or ({} if None in v else dict(value=statistics.mean(v), seed_sd=statistics.stdev(v))) for m, v in each.items()}
 
+class _Folds:
+    "The k runs of a cross-validation as one: every image was tested once, by a model that did not see its group."
+    def __init__(self, runs, protocol):
+        from htlab.evaluate import summarise_pooled
+        first, hashes = runs[0], {k: _sha(*sorted(str(r.config.get(k)) for r in runs)) for k in ("split_hash", "test_hash")}
+        self.folds, self.name, self.path, self.sweep = runs, f"{first.name} and its folds", first.path, getattr(first, "sweep", "")
+        self.parameters = first.parameters | dict(protocol=protocol)
+        self.config = first.config | hashes | dict(parameters=self.parameters)
+        self.cases = pd.concat([r.cases for r in runs], ignore_index=True)
+        self.metrics = summarise_pooled([self.cases]).to_dict()
+
+def _crossed(runs) -> list:  # complete sets of folds joined, all else as it was
+    sets = {}
+    for r in runs:
+        if m := re.fullmatch(r"fold=(\d+)/(\d+)(.*)", r.parameters.get("protocol", "")):
+            key = json.dumps([r.config["template"], r.parameters | dict(protocol=""), m[2], m[3], *(r.config.get(k) for k in ("data_hash", "weights_hash", "files"))], sort_keys=True)
+            sets.setdefault(key, {})[int(m[1])] = (r, int(m[2]), f"fold=*/{m[2]}{m[3]}")
+    joined = {}
+    for folds in sets.values():
+        parts, k, protocol = [f[0] for _, f in sorted(folds.items())], *next(iter(folds.values()))[1:]
+        if set(folds) == set(range(1, k + 1)):
+            whole = _Folds(parts, protocol)
+            joined |= {r.name: whole for r in parts}
+    return list({id(x): x for x in (joined.get(r.name, r) for r in runs)}.values())
+
 def _arms(runs) -> list:
     arms = {}
     for r in runs:
@@ -615,8 +640,10 @@ def compare(*runs,  # two run folders or more, or their paths
     runs = [r if isinstance(r, RunFolder) else RunFolder(r) for r in runs]
     if len(runs) < 2: raise ValueError("compare needs two runs or more")
     if len({r.name for r in runs}) < len(runs): raise ValueError(f"the same run is given twice: {', '.join(r.name for r in runs)}")
-    arms = _arms(runs)
-    if pooled := len(arms) < len(runs):
+    crossed = _crossed(runs)
+    if len(crossed) == 1: raise ValueError("these runs are the folds of one cross-validation, which is one result: compare it with another")
+    arms = _arms(crossed)
+    if pooled := len(arms) < len(crossed):
         for a in arms: a.settings.pop("seed", None)
     keys = [k for k in dict.fromkeys(k for a in arms for k in a.settings) if len({json.dumps(a.settings.get(k)) for a in arms}) > 1]
     if pooled:
@@ -631,6 +658,7 @@ def compare(*runs,  # two run folders or more, or their paths
     for what, hashes in (("split", [a.split for a in arms]), ("test split", [a.test for a in arms])):  # never different protocols in one column without saying so
         if len(set(hashes)) > 1: table.insert(len(keys), what, [str(h)[:8] for h in hashes])
     rows, notes, other = [], [s for s in dict.fromkeys(getattr(r, "sweep", "") for r in runs) if s], {}
+    notes += [f"{_some(list(dict.fromkeys(x.parameters['protocol'] for x in folded)))}: the folds are read as one result, {len(folded[0].cases)} cases tested once each by one of {len(folded[0].folds)} models" + ("; AUROC ranks the probabilities of different models together" if "auroc" in folded[0].metrics else "") for folded in [[x for x in crossed if isinstance(x, _Folds)]] if folded]
     notes += [f"{a.name}: its seeds cannot be pooled ({a.problem}); their means stand without intervals" for a in arms if a.problem]
     for a in arms:
         ref = _reference(a, arms, {name: value}) if base else arms[0]

@@ -148,14 +148,6 @@ class Source:
         "All bytes of one file; errors as in `blocks`."
         return b"".join(self.blocks(name))
 
-    def top(self, *landmarks: str) -> str: # 'images/', 'bus_data.csv': names or beginnings of names that the data set must have
-        "The prefix (`''` or `'folder/'`) under which all landmarks lie, at most two folders down. FileNotFoundError if there is none, ValueError if there are several."
-        tops = {"/".join(p[:i]) + "/" * bool(i) for n in self.names for p in [n.split("/")] for i in range(min(len(p), 3))}
-        fits = sorted(t for t in tops if all(any(n.startswith(t + l) for n in self.names) for l in landmarks))
-        if not fits: raise FileNotFoundError(f"{self.src}: no {', '.join(landmarks)} in it (nor one or two levels down); give the folder that holds them")
-        if len(fits) > 1: raise ValueError(f"{self.src}: the data set is there {len(fits)} times ({', '.join(t or '.' for t in fits[:4])}); give one of them")
-        return fits[0]
-
     def __enter__(self): return self
     def __exit__(self, *_):
         for archive in (self._zip, self._tar):
@@ -245,8 +237,8 @@ def _pixels(row, digest): # -> (suffix, bytes, shape) of the image, (bytes or No
     else: pixels, suffix, data = data, ".png", _png(data)
     if min(pixels.shape[:2]) < 1: raise BadFile(file, "has no pixels")
     mask = row.mask() if row.mask else None
+    if mask is not None and mask.shape != pixels.shape[:2]: raise BadFile(file, f"its mask {f'{row.mask_file} ' * bool(row.mask_file)}is {mask.shape[1]} x {mask.shape[0]} pixels, the image {pixels.shape[1]} x {pixels.shape[0]}")
     if mask is None or not mask.any(): return suffix, data, pixels.shape, None
-    if mask.shape != pixels.shape[:2]: raise BadFile(file, f"its mask {f'{row.mask_file} ' * bool(row.mask_file)}is {mask.shape[1]} x {mask.shape[0]} pixels, the image {pixels.shape[1]} x {pixels.shape[0]}")
     return suffix, data, pixels.shape, _png(mask.astype(np.uint8) * 255)
 
 def _settle(df): # identical images: one group, and never on both sides of an official split -> table, notes

@@ -12,7 +12,8 @@ BIN = Path(sys.executable).parent
 os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's python3 kernel, not the user's
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails at once
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that wait in a loop take the core from the other worker
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 settings.register_profile("htlab", deadline=None, derandomize="CI" in os.environ)

@@ -491,7 +491,7 @@ def test_a_json_has_a_size():
 
 @pytest.mark.parametrize("kind", OWN)
 @given(data=st.data())
-@settings(max_examples=20, **SOME)
+@settings(max_examples=12, **SOME)
 def test_flipped_cut_and_replaced_bytes(tmp_path_factory, kind, data):
     root = tmp_path_factory.mktemp("f"); src = root / "src"; MAKE[kind](src); put(root / "secret.png", noise(5))
     ends = dict(csv=(".csv",), coco=(".json",), labelme=(".json",), folder=(".png",), nifti=(".gz",), dicom=("", ".dcm"))[kind]
@@ -518,7 +518,7 @@ VALUE = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-3, 10 ** 1
 
 @pytest.mark.parametrize("kind", ["coco", "labelme"])
 @given(data=st.data())
-@settings(max_examples=30, **SOME)
+@settings(max_examples=20, **SOME)
 def test_whatever_value_stands_anywhere_in_a_json(tmp_path_factory, kind, data):
     root = tmp_path_factory.mktemp("j"); src = root / "src"; MAKE[kind](src); put(root / "secret.png", noise(5))
     p = src / ("annotations.json" if kind == "coco" else "2.json"); whole = node = json.loads(p.read_text())
@@ -539,7 +539,7 @@ def test_whatever_value_stands_anywhere_in_a_json(tmp_path_factory, kind, data):
 CELL = st.one_of(st.text(st.characters(codec="utf-8"), max_size=8), st.sampled_from(["pics/0.png", "0", "lesions/1.png", "../secret.png", "train", "=1+1", "0.1", "pics\\2.png", "a;b"]))
 
 @given(st.lists(st.lists(CELL, min_size=4, max_size=4), min_size=1, max_size=4), st.permutations(["image", "mask", "label", "split", "patient", "spacing_mm", "text", "id", "sha256", "x y"]))
-@settings(max_examples=40, **SOME)
+@settings(max_examples=25, **SOME)
 def test_whatever_stands_in_a_table(tmp_path_factory, rows, columns):
     root = tmp_path_factory.mktemp("t"); src = root / "src"; make_csv(src); put(root / "secret.png", noise(5))
     pd.DataFrame(rows, columns=columns[:4]).to_csv(src / "table.csv", index=False); outside = tree(root)

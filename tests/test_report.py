@@ -464,6 +464,20 @@ def test_paired_differences_are_the_known_ones(tmp_path, monkeypatch):
     assert "+0.100" in str(both) and "+0.100" in both._repr_html_()
 
 
+def test_the_folds_of_a_cross_validation_are_one_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path); rng = np.random.default_rng(0)
+    def fold(adapter, i, k=3, seed=0, more=0.):
+        ids = [f"c{j}" for j in range(i * 10, i * 10 + 10)]
+        return fake(f"{adapter}-{seed}-{i}", np.clip(.5 + more + rng.normal(0, .1, 10), 0, 1), split=f"s{i}", ids=ids, test_hash=f"t{i}", parameters={"adapter": adapter, "seed": seed, "protocol": f"fold={i}/{k}"})
+    a, b = ([fold(x, i, seed=s, more=m) for s in (0, 1) for i in (1, 2, 3)] for x, m in (("none", 0), ("mona", .2)))
+    both = compare(*a, *b)
+    assert len(both.table) == 2 and list(both.table["test cases"]) == [30, 30] and list(both.table.seeds) == [2, 2] and not {"split", "test split"} & set(both.table)
+    d = np.mean([np.concatenate([RunFolder(p).cases.dice for p in x]) for x in (b,)]) - np.mean([np.concatenate([RunFolder(p).cases.dice for p in x]) for x in (a,)])
+    assert both.paired["difference [95 % interval]"][0].startswith(f"{d:+.3f}") and int(both.paired.pairs[0]) == 30 and any("the folds are read as one result, 30 cases" in n for n in both.notes)
+    assert len(compare(*a[:2], *b[:2]).table) == 4, "an incomplete set stays apart"
+    with pytest.raises(ValueError, match="folds of one cross-validation"): compare(*a[:3])
+
+
 def test_different_protocols_stand_in_a_column_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path); cards = dict(cards={"busi": {"Licence": "CC0", "Citation": "Al-Dhabyani 2020"}})
     a, b = fake("a", [.1, .2, .3], test_hash="t1" * 32, **cards), fake("b", [.2, .3, .4], test_hash="t1" * 32)

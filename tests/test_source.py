@@ -187,13 +187,6 @@ def test_folder_zip_and_tar_are_one(tmp_path, kind, prefix):
         with pytest.raises(BadFile): s.read("../src/a.png")
 
 
-def test_top_finds_the_data_set_and_refuses_two(tmp_path):
-    src = folder(tmp_path, ["x/y/images/1.png", "x/y/table.csv", "x/readme.txt"])
-    assert Source(src).top("images/", "table.csv") == "x/y/" and Source(src / "x/y").top("images/") == ""
-    with pytest.raises(FileNotFoundError, match="no masks/ in it"): Source(src).top("masks/")
-    with pytest.raises(ValueError, match="there 2 times"): Source(folder(tmp_path, ["z/y/images/1.png"])).top("images/")
-
-
 @pytest.mark.parametrize("src, error, word", [("nowhere", FileNotFoundError, "no such folder or archive"), ("/dev/null", ValueError, "neither a folder nor a file")])
 def test_what_is_no_source(src, error, word):
     with pytest.raises(error, match=word): Source(src)
@@ -484,3 +477,9 @@ def test_a_zip_whose_directory_lies_costs_no_memory(tmp_path, claimed):
 def test_methods_that_inflate_in_one_go_are_refused(tmp_path, method):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as z: z.writestr("x.png", b"x" * 1000)
     with Source(tmp_path / "a.zip") as s, pytest.raises(BadFile, match="ordinary zip"): s.read("x.png")
+
+
+def test_an_empty_mask_of_another_size_is_refused_too(tmp_path):
+    rows = [Row(dict(id=f"i{k}", label="a", group=f"i{k}"), lambda: grey(), lambda: np.zeros((20, 31), bool), f"i{k}.png", mask_file="m.png") for k in range(3)]
+    with pytest.raises((ValueError, FileNotFoundError), match="its mask m.png is 31 x 20 pixels, the image 30 x 20"): commit("x", rows, tmp_path / "x", progress=False)
+    assert not (tmp_path / "x").exists()
