@@ -260,7 +260,7 @@ class Run:
         for name in dict.fromkeys(m.name for m in manifests):
             mine = [m for m in manifests if m.name == name]
             said.append(f"**Images**: {name}, {len({i for m in mine for i in m.df.id})} rows. " + (" ".join(f"**{h}**: {t}" for h, t in _terms(mine[0]).items()) or "Its card names neither licence nor citation."))
-        if c.get("split_hash"): said.append(f"**Protocol**: {c['parameters'].get('protocol') or 'the split in the table'}; data {c['data_hash'][:8]}, split {c['split_hash'][:8]}." + "".join(f" {m.note}." for m in manifests[:1] if m.note))
+        if c.get("split_hash"): said.append(f"**Protocol**: {c.get('parameters', {}).get('protocol') or 'the split in the table'}; data {c['data_hash'][:8]}, split {c['split_hash'][:8]}." + "".join(f" {m.note}." for m in manifests[:1] if m.note))
         if c.get("measured_on") == "valid": said.append("**Test split**: sealed. The figures are those of the validation split, on which the best epoch was chosen too: they flatter, and are for choosing between settings only.")
         elif "test_look" in c: said.append(f"**Test split** {c['test_hash'][:8]}: this was look {c['test_look']} at it from this folder of runs" + (", the first." if c["test_look"] == 1 else "; what was chosen after seeing an earlier one is no longer tested by it (`htlab ledger` lists them)."))
         return "\n\n".join(said)
