@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_FILES', 'MAX_FILE', 'MAX_TOTAL', 'MAX_RATIO', 'MAX_PIXELS', 'KINDS', 'KEPT', 'BadFile', 'read_image', 'to_uint8',
-           'Source', 'read_csv', 'gunzip', 'read_nifti', 'Row', 'commit']
+           'Source', 'read_csv', 'gunzip', 'read_nifti', 'Row', 'count', 'listing', 'commit']
 
 # %% ../nbs/api/02a_source.ipynb #1bfc9c2d
 import csv, errno, gzip, io, json, os, re, shutil, stat, tarfile, zipfile, zlib
@@ -192,10 +192,11 @@ def read_nifti(
 ) -> tuple[np.ndarray, tuple]: # (X, Y) or (X, Y, Z) as stored, scaled by the header; voxel size in mm
     "A NIfTI volume. `BadFile` if it is none, is truncated, has other than two or three dimensions, or holds NaN or infinity."
     import nibabel as nib
-    raw = gunzip(data, name)
+    raw, log = gunzip(data, name), nib.imageglobals.logger
+    was, log.disabled = log.disabled, True # it prints whatever it finds odd; nibabel's own LoggingOutputSuppressor leaves that to Python's handler of last resort
     try:
         kind = nib.Nifti2Image if raw[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Image
-        with nib.imageglobals.LoggingOutputSuppressor(): header = kind.header_class.from_fileobj(io.BytesIO(raw))
+        header = kind.header_class.from_fileobj(io.BytesIO(raw))
         shape = tuple(int(n) for n in header.get_data_shape())
         if len(shape) == 4 and shape[3] == 1: shape = shape[:3]
         if len(shape) not in (2, 3) or min(shape, default=0) < 1: raise BadFile(name, f"has the shape {shape}; a scan has two or three dimensions")
@@ -205,6 +206,7 @@ def read_nifti(
         zooms = tuple(float(z) for z in header.get_zooms()[:len(shape)])
     except BadFile: raise
     except Exception as e: raise BadFile(name, f"is no NIfTI volume ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__})") from None
+    finally: log.disabled = was
     if volume.dtype.kind not in "uif": raise BadFile(name, f"holds {volume.dtype} where numbers are expected")
     if volume.dtype.kind == "f" and (bad := ~np.isfinite(volume)).any(): raise BadFile(name, f"holds {int(bad.sum())} values that are NaN or infinite")
     return volume, zooms
@@ -219,8 +221,14 @@ class Row:
     file: str = "" # its name in messages
     mask_file: str = "" # that of its mask
 
-def _n(n, what): return f"{n} {what}{'s' * (n != 1)}"
-def _some(names, n=4): return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+def count(n: int, what: str) -> str: # 2, 'image' -> '2 images'
+    "A number with its noun, for messages."
+    return f"{n} {what}{'s' * (n != 1)}"
+
+def listing(names: list, n: int = 4) -> str: # texts; how many of them are named -> 'a, b, c, d and 3 more'
+    "The first names of a list, for messages."
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
 def _png(array): Image.fromarray(array).save(out := io.BytesIO(), "png"); return out.getvalue()
 KEPT = {"PNG": ".png", "JPEG": ".jpg", "BMP": ".bmp"} # formats whose bytes are kept as published
 
@@ -252,7 +260,7 @@ def _settle(df): # identical images: one group, and never on both sides of an of
     df = df[~leak]
     best = df.groupby("group").split.transform(lambda s: max(s, key=lambda x: (rank.get(x, -1), x))) # a group that straddles follows its most sealed row
     moved = df.split.map(rank) < best.map(rank)
-    if moved.any(): notes.append(BadFile(_some(list(df.id[moved])), "moved to the side of the rest of their group", "note"))
+    if moved.any(): notes.append(BadFile(listing(list(df.id[moved])), "moved to the side of the rest of their group", "note"))
     df = df.assign(split=best)
     if (todo := df.split.eq("")).any():
         shares = (.7, .1, .2) if not df.split.eq("test").any() else (.875, .125, 0) if not df.split.eq("valid").any() else (1, 0, 0)
@@ -281,9 +289,9 @@ def commit(
     if dest.exists() and not (dest / RECEIPT).is_file() and (not dest.is_dir() or any(dest.iterdir())):
         raise FileExistsError(f"{dest} holds other files; an import replaces its whole folder, so give an empty or a new one")
     if wrong := [r for r in rows if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", str(r.columns["id"]), re.A)]: # it will be a file name
-        raise ValueError(f"{src}: {wrong[0].file or 'an image'} would get the id {str(wrong[0].columns['id'])[:120]!r}, which cannot be a file name; use letters, digits, '.', '_' and '-' ({_n(len(wrong), 'such image')})")
+        raise ValueError(f"{src}: {wrong[0].file or 'an image'} would get the id {str(wrong[0].columns['id'])[:120]!r}, which cannot be a file name; use letters, digits, '.', '_' and '-' ({count(len(wrong), 'such image')})")
     if twice := [i for i, n in Counter(str(r.columns["id"]).lower() for r in rows).items() if n > 1]:
-        raise ValueError(f"{src}: {_n(len(twice), 'id')} would be there twice ({_some([r.file or r.columns['id'] for r in rows if str(r.columns['id']).lower() == twice[0]])}); capitals do not count")
+        raise ValueError(f"{src}: {count(len(twice), 'id')} would be there twice ({listing([r.file or r.columns['id'] for r in rows if str(r.columns['id']).lower() == twice[0]])}); capitals do not count")
     published = {r["id"]: r for r in table.df.to_dict("records")} if table is not None else {}
     total = len(table.df) if table is not None else len(rows) + sum(p.kind in ("missing", "damaged") for p in found)
     def lost(): return [p for p in found if p.kind in ("missing", "damaged")]
@@ -309,8 +317,8 @@ def commit(
             if mask: (part / c["mask"]).write_bytes(mask)
             done.append(c)
         if table is not None: found += [BadFile(i, "is missing", "missing") for i in sorted(set(table.df.id) - {r.columns["id"] for r in rows} - {Path(p.file).stem for p in lost()})]
-        gone = f"{len(lost())} of {_n(total, 'image')} missing or damaged ({_some(list(dict.fromkeys(f'{p.file} ({p.problem})' for p in lost())))})" if lost() else ""
-        if differ := [f"{p.file} ({p.problem})" for p in found if p.kind == "differs"]: raise ValueError(f"{src}: {_n(len(differ), 'file')} not as published: {_some(differ)}" + (f"; also {gone}" if gone else "") + "; download again")
+        gone = f"{len(lost())} of {count(total, 'image')} missing or damaged ({listing(list(dict.fromkeys(f'{p.file} ({p.problem})' for p in lost())))})" if lost() else ""
+        if differ := [f"{p.file} ({p.problem})" for p in found if p.kind == "differs"]: raise ValueError(f"{src}: {count(len(differ), 'file')} not as published: {listing(differ)}" + (f"; also {gone}" if gone else "") + "; download again")
         if gone and (not allow_missing or not done): raise FileNotFoundError(f"{src}: {gone}; complete the folder" + (", or keep what is there with --allow-missing" if len(lost()) < total else ""))
         if not done: raise FileNotFoundError(f"{src}: no image in it that {name} could use; give the folder that holds the images")
         if table is None:
@@ -343,5 +351,5 @@ def commit(
         print(", ".join(f"{c} {n}" for c, n in m.counts()["all"].items()) + (f"; left out: {gone}" if gone else "; complete"))
         for p in [p for p in found if p.kind == "note"][:12]: print(f"note: {p}")
         if (more := sum(p.kind == "note" for p in found) - 12) > 0: print(f"note: {more} more in {dest / 'problems.csv'}")
-        if unknown: print(f"ignored {_n(len(unknown), 'file')} unknown to the table: {_some(sorted(unknown))}")
+        if unknown: print(f"ignored {count(len(unknown), 'file')} unknown to the table: {listing(sorted(unknown))}")
     return m

@@ -206,6 +206,18 @@ def test_a_repair_leaves_no_leak(rows, splits, conflicts, seed):
     if conflicts == "keep": assert set(m.index[m.get("audit", pd.Series("", m.index)).ne("")]) == {x for p in zip(a.conflicts.a, a.conflicts.b) for x in p}
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["a", "b", "unknown", "Unknown"])), min_size=3, max_size=9))
+@quick
+def test_no_label_contradicts_nothing_and_hides_nothing(rows):
+    a = look([POOL[s] for s, _ in rows], [l for _, l in rows])
+    torn = {i for c in expected(rows) if len({rows[i][1] for i in c} & {"a", "b"}) > 1 for i in c}
+    assert not {"unknown", "Unknown"} & {*a.conflicts.label_a, *a.conflicts.label_b} and a.conflicts.label_a.ne(a.conflicts.label_b).all()
+    names = {x for p in zip(a.conflicts.a, a.conflicts.b) for x in p}
+    for c in expected(rows): assert bool(names & {f"i{i}" for i in c}) == bool(torn & {*c}), "a cluster with two labels is a conflict, though they may meet only over an image without one"
+    if len(torn) < len(rows): assert set(a.repaired(conflicts="drop").id) == {f"i{i}" for i in range(len(rows)) if i not in torn}
+    assert a.counts()["label conflicts"] == len(a.conflicts) and all(kind in a.html(0) for kind in a.conflicts.kind)
+
+
 def test_reassign_keeps_the_proportions_and_the_seed():
     images = scenes(300, 60); labels = ["ab"[k % 2] for k in range(90)]; splits = ["train"] * 54 + ["valid"] * 18 + ["test"] * 18
     a = look(images + images[:30], labels, splits)
@@ -386,12 +398,24 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_audited(tmp_path):
     Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(root / "4.tif"); (root / "4.png").write_bytes((root / "4.tif").read_bytes())
     a = audit(m := Manifest(rows, "set", root), progress=False)
     assert a.files.id.tolist() == ["i0", "i1", "i2", "i3", "i4"] and a.facts.id.tolist() == ["i5"]
-    for word, problem in zip(("truncated", "cannot identify", "leads out", "claims 12000 x 12000", "NaN"), a.files.problem): assert word in problem
+    for word, problem in zip(("truncated", "is no image", "leads out", "claims 12000 x 12000", "NaN"), a.files.problem): assert word in problem
     assert a.repaired().id.tolist() == ["i5"] and a.thumbnail("i1") == "" and a.thumbnail("i5").startswith("<img")
     (root / "5.png").unlink()
     with pytest.raises(FileNotFoundError, match="none of 6 images"): audit(m, progress=False)
     with pytest.raises(FileNotFoundError, match="import the data set first"): audit(Manifest(rows, "set", tmp_path / "nowhere"), progress=False)
     with pytest.raises(ValueError, match="pass read="): audit(table(POOL[:2])[0], progress=False)
+
+
+def test_a_mask_that_is_not_there_is_told_from_one_that_cannot_be_read(tmp_path):
+    (root := tmp_path / "set").mkdir()
+    for i in range(6): Image.fromarray(tissue(i)[0]).save(root / f"{i}.png"); Image.fromarray(tissue(i)[1]).save(root / f"{i}m.png")
+    rows = measure(pd.DataFrame([dict(id=f"i{i}", image=f"{i}.png", mask=f"{i}m.png", label="x", group=f"i{i}", split="train") for i in range(6)]), root)
+    (root / "0m.png").unlink(); (root / "1m.png").write_bytes((root / "1m.png").read_bytes()[:60]); (root / "2m.png").unlink(); (root / "2m.png").symlink_to(tmp_path / "elsewhere.png"); Image.fromarray(tissue(2)[1]).save(tmp_path / "elsewhere.png")
+    (root / "3m.png").unlink(); (root / "3m.png").mkdir(); (root / "4m.png").unlink(); (root / "4m.png").symlink_to(root / "4m.png")
+    a = audit(Manifest(rows, "set", root), progress=False)
+    assert dict(zip(a.masks.id, a.masks.fault)) == {"i0": "missing", "i1": "unreadable", "i2": "unreadable", "i3": "missing", "i4": "unreadable"} and not len(a.files) and len(a.facts) == 6
+    (root / "5.png").unlink(); a = audit(Manifest(rows, "set", root), progress=False)
+    assert a.files.values.tolist() == [["i5", "5.png: is missing"]], "no path of this machine"
 
 
 @pytest.mark.parametrize("image", [np.zeros((3, 4)), np.zeros((3, 4, 4), np.uint8), np.zeros((0, 4), np.uint8), np.zeros(4, np.uint8), "image.png", None])
@@ -414,6 +438,16 @@ def test_the_page_is_whole_in_itself_and_escapes(report):
     assert "&lt;script&gt;" in page and "b &amp; c" in page
     assert page.count("<img") == 3 and "label conflicts" in page and len(report.html(most=0)) < len(page)
     assert "<script" not in report._repr_html_() and "identical" in repr(report)
+
+
+@pytest.mark.parametrize("card, there, absent", [
+    ("# x\n\n## Licence\nCC BY <4.0>\nfor all\n\n## Patients\nsecret\n\n## Citation\nA & B, 2020", ["<h2>Licence</h2>", "CC BY &lt;4.0&gt;\nfor all", "<h2>Citation</h2>", "A &amp; B, 2020"], ["secret", "neither", "<4.0>"]),
+    ("## Citation\n<script>alert(2)</script>", ["<h2>Citation</h2>", "&lt;script&gt;alert(2)"], ["neither", "<script", "<h2>Licence"]),
+    ("", ["memory: the card names neither licence nor citation"], ["<h2>Citation"]), ("## Licence\n\n## Citation\n", ["the card names neither licence nor citation"], ["<h2>Citation"])])
+def test_the_page_ends_with_licence_and_citation(report, card, there, absent):
+    report.manifest.card = card; page = report.html()
+    end = page[page.rindex("<h2>Pairs</h2>"):]
+    assert all(x in end for x in there) and not any(x in page for x in absent) and end.index(there[0]) > end.rindex("</table>")
 
 
 def test_save_writes_all_of_it_and_again(report, tmp_path):

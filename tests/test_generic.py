@@ -8,18 +8,16 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from PIL import Image
 
-from htlab import generic as G
-from htlab.generic import OWN, decode_rle, detect_kind, dicom_frame, import_own, own_options, read_dicom, read_json, read_lesion, read_spacing
+from htlab.generic import OWN, decode_rle, detect_kind, import_own, own_options, read_json, read_lesion
 from htlab.importers import fill_polygons
 from htlab.manifest import Manifest, check_files
 from htlab.source import BadFile, read_image
+from test_dicom import CLEAN, H, PERSON, W, dicom, noise, region, traces
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-H, W = 20, 30
 SOME = dict(deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-def noise(seed, h=H, w=W): return np.random.default_rng(seed).integers(0, 255, (h, w), dtype=np.uint8)
 def box(x=3, y=2, w=6, h=4): a = np.zeros((H, W), bool); a[y:y + h, x:x + w] = True; return a
 def png(a): Image.fromarray(a).save(out := io.BytesIO(), "png"); return out.getvalue()
 def put(path, a): path.parent.mkdir(parents=True, exist_ok=True); path.write_bytes(a if isinstance(a, bytes) else a.encode() if isinstance(a, str) else png(a)); return path
@@ -33,38 +31,6 @@ def problems(m): return (m.root / "problems.csv").read_text()
 def nifti(v, zooms=(.1, .1, 1)):
     import nibabel as nib
     image = nib.Nifti1Image(v, np.eye(4)); image.header.set_zooms((*zooms, 1)[:v.ndim]); return image.to_bytes()
-
-
-def region(dx=.01, dy=.01, kind=1, unit=3, **kw):
-    from pydicom.dataset import Dataset
-    r = Dataset(); r.RegionSpatialFormat, r.RegionDataType, r.PhysicalUnitsXDirection, r.PhysicalUnitsYDirection, r.PhysicalDeltaX, r.PhysicalDeltaY = kind, 1, unit, unit, dx, dy
-    for k, v in kw.items(): setattr(r, k, v)
-    return r
-
-
-def dicom(array, kind="MONOCHROME2", syntax="1.2.840.10008.1.2.1", encapsulated=None, **tags):
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.encaps import encapsulate
-    from hashlib import sha256
-    generate_uid = lambda kind: f"1.2.3.{kind}.{int(sha256(array.tobytes()).hexdigest()[:12], 16)}" # the same in every run
-    ds = Dataset(); ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = syntax; ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.6.1"
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid(1); ds.StudyInstanceUID = generate_uid(2)
-    colour = kind in ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
-    shape = array.shape[:-1] if colour else array.shape
-    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *shape[-2:], 3 if colour else 1, kind
-    if len(shape) == 3: ds.NumberOfFrames = shape[0]
-    if colour: ds.PlanarConfiguration = 0
-    ds.BitsAllocated = ds.BitsStored = 8 * array.dtype.itemsize; ds.HighBit = ds.BitsStored - 1; ds.PixelRepresentation = int(array.dtype.kind == "i")
-    if encapsulated: ds.PixelData = encapsulate(encapsulated)
-    else: ds.PixelData = (b := array.tobytes()) + b"\0" * (len(b) % 2)
-    if encapsulated: ds["PixelData"].VR = "OB"
-    for k, v in tags.items(): setattr(ds, k, v)
-    ds.save_as(out := io.BytesIO(), enforce_file_format=True)
-    return out.getvalue()
-
-
-CLEAN = dict(BurnedInAnnotation="NO", PatientName="", PatientID="")
 
 
 def make_folder(src):
@@ -240,11 +206,6 @@ def test_named_columns_and_tables_must_exist(made, tmp_path):
 
 # ---- DICOM
 
-NAME, WHO = "Kowalczyk^Zdzislawa", "ID-550123"
-PERSON = dict(PatientName=NAME, PatientID=WHO, PatientBirthDate="19480317", OtherPatientIDs="OLD-9981", AccessionNumber="ACC4711", PatientAddress="Lipowa 7", ReferringPhysicianName="Nowak^Jan")
-def traces(data): return [w for w in ("kowalczyk", "zdzislawa", "550123", "19480317", "9981", "acc4711", "lipowa", "nowak") if w in data.lower()]
-
-
 def test_the_patient_gets_into_no_file_and_no_message(made, tmp_path, capfd):
     src, bring = made(); uid = "1.2.826.0.1.3680043.8.498.12345"
     put(src / "KOWALCZYK_Zdzislawa/1948-03-17/a.dcm", dicom(noise(0), **PERSON)); put(src / "KOWALCZYK_Zdzislawa/550123.png", box()); put(src / "study/ID-550123.dcm", dicom(noise(1), **PERSON, BurnedInAnnotation="YES"))
@@ -284,34 +245,6 @@ def test_patients_studies_and_nobody_make_groups(made):
     for k, tags in enumerate([dict(PatientID="A1"), dict(PatientID=" A1 "), study, study, dict(PatientID="ANONYMOUS") | study, dict(PatientID="000"), dict(StudyInstanceUID="")]): put(src / f"{k}.dcm", dicom(noise(k), **CLEAN | tags))
     g = at(bring(), "group")
     assert g["0"] == g["1"] and g["2"] == g["3"] == g["4"] and len({g["0"], g["2"], g["5"], g["6"]}) == 4 and g["6"] == "6"
-
-
-@pytest.mark.parametrize("tags, mm, why", [
-    (dict(SequenceOfUltrasoundRegions=[region(.0075, -.0075)]), "0.075", ""), (dict(SequenceOfUltrasoundRegions=[region(), region()]), "0.1", ""), (dict(SequenceOfUltrasoundRegions=[region(), region(.5, .5, kind=3)]), "0.1", ""),
-    (dict(SequenceOfUltrasoundRegions=[region(.01, .02)]), "", "not square"), (dict(SequenceOfUltrasoundRegions=[region(), region(.02, .02)]), "", "2 regions disagree"), (dict(SequenceOfUltrasoundRegions=[region(unit=4)]), "", "no size"), (dict(SequenceOfUltrasoundRegions=[region(kind=3)]), "", "no size"),
-    (dict(SequenceOfUltrasoundRegions=[region(0, 0)]), "", "absurd"), (dict(SequenceOfUltrasoundRegions=[region(float("nan"), 1)]), "", "absurd"), (dict(SequenceOfUltrasoundRegions=[region(unit=0)], PixelSpacing=[.2, .2]), "0.2", ""), (dict(PixelSpacing=[.2, .3]), "", "not square"), (dict(PixelSpacing=[.25, .25]), "0.25", ""), ({}, "", "no size")])
-def test_spacing_holds_for_the_whole_image_or_is_left_out(tags, mm, why):
-    got = read_spacing(read_dicom(dicom(noise(0), **tags)))
-    assert got[0] == mm and why in got[1] and bool(got[1]) == bool(why)
-
-
-def test_pixels_are_as_meant():
-    a, deep, rgb = noise(0), (noise(1).astype(np.uint16) * 16), np.stack([noise(2), noise(3), noise(4)], -1)
-    frame = lambda *x, i=0, **kw: dicom_frame(read_dicom(dicom(*x, **kw)), i)
-    assert (frame(a) == a).all() and (frame(a, "MONOCHROME1") == 255 - a).all() and (frame(rgb, "RGB") == rgb).all()
-    assert frame(deep, BitsStored=12, HighBit=11).max() == 255 and abs(frame(deep).astype(int) - (deep - deep.min()) * 255. / np.ptp(deep)).max() <= 1 and (frame(a.astype(np.uint16), BitsStored=8, HighBit=7) == a).all()
-    signed = (a.astype(np.int16) - 100) * 9; assert np.corrcoef(frame(signed).ravel(), a.ravel())[0, 1] > .999
-    from pydicom.pixels import convert_color_space
-    ybr = convert_color_space(rgb, "RGB", "YBR_FULL"); assert abs(frame(ybr, "YBR_FULL").astype(int) - rgb).max() <= 3
-    lut = np.random.default_rng(0).integers(0, 2 ** 16, (3, 256)).astype("<u2")
-    tags = {f"{c}PaletteColorLookupTableDescriptor": [256, 0, 16] for c in ("Red", "Green", "Blue")} | {f"{c}PaletteColorLookupTableData": lut[k].tobytes() for k, c in enumerate(("Red", "Green", "Blue"))}
-    assert (frame(a, "PALETTE COLOR", **tags) == np.stack([lut[k][a] >> 8 for k in range(3)], -1)).all()
-    loop = np.stack([noise(9 + k) for k in range(5)]); assert all((frame(loop, i=k) == loop[k]).all() for k in range(5))
-    Image.fromarray(np.kron(rgb[:5, :6], np.ones((4, 5, 1), np.uint8))).save(jpeg := io.BytesIO(), "jpeg", quality=95, subsampling=0)
-    got = frame(rgb, "YBR_FULL", syntax="1.2.840.10008.1.2.4.50", encapsulated=[jpeg.getvalue()])
-    assert abs(got.astype(int) - np.asarray(Image.open(jpeg))).max() <= 4
-    ds = read_dicom(dicom(loop)); ds.compress("1.2.840.10008.1.2.5"); ds.save_as(out := io.BytesIO(), enforce_file_format=True)
-    assert all((dicom_frame(read_dicom(out.getvalue()), k) == loop[k]).all() for k in range(5))
 
 
 def test_frames_are_chosen_and_find_their_masks(made):

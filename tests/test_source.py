@@ -1,5 +1,5 @@
 "Laws of the two doors: nothing is read outside, a damaged file is one clear line, an imported set is complete or absent."
-import errno, gzip, io, os, re, shutil, stat, struct, subprocess, sys, tarfile, zipfile, zlib
+import contextlib, errno, gzip, io, os, re, shutil, stat, struct, subprocess, sys, tarfile, zipfile, zlib
 from hashlib import sha256
 from pathlib import Path
 
@@ -133,6 +133,14 @@ def test_a_volume_comes_back(dtype, gz):
 def test_a_volume_cut_anywhere_is_refused(share, gz):
     data = nifti(np.random.default_rng(0).integers(0, 255, (9, 8, 7), dtype=np.uint8)); data = gzip.compress(data) if gz else data
     with pytest.raises(BadFile, match="^v.nii.gz: "): read_nifti(data[:int(share * len(data))], "v.nii.gz")
+
+
+@pytest.mark.parametrize("header", [dict(datatype=0), dict(pixdim=[1, -1, .1, 1, 0, 0, 0, 0]), dict(bitpix=3), dict(qform_code=99)])
+def test_what_nibabel_finds_odd_is_not_printed(header, capfd):
+    import nibabel as nib
+    before = nib.imageglobals.logger.disabled, list(nib.imageglobals.logger.handlers)
+    with contextlib.suppress(BadFile): read_nifti(nifti(np.zeros((5, 4, 3), np.uint8), **header), "v.nii")
+    assert capfd.readouterr() == ("", "") and (nib.imageglobals.logger.disabled, nib.imageglobals.logger.handlers) == before
 
 
 @pytest.mark.parametrize("data, word", [
