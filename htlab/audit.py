@@ -237,7 +237,7 @@ def _on(mask): m = np.asarray(mask); return m > (m.max() / 2 if m.size else 0) #
 def mask_faults(
     mask,                # (H, W) numbers or bool, (H, W, C), None: no lesion, or text: why there is none
     shape: tuple,        # (H, W) of the image
-    lesion: bool = True, # does the label name a lesion?
+    lesion: bool | None = True, # does the label name a lesion? None: it does not say
 ) -> list[tuple[str, str]]: # (fault, what was seen)
     "What is wrong with one mask."
     if isinstance(mask, str): return [("missing" if mask == "missing" else "unreadable", mask)]
@@ -253,7 +253,7 @@ def mask_faults(
     on = _on(m)
     share = on.mean() if on.size else 0
     if not share and lesion: out.append(("empty", "no pixel, but the label names a lesion"))
-    if share and not lesion: out.append(("not empty", f"{int(on.sum())} px, but the label names no lesion"))
+    if share and lesion is False: out.append(("not empty", f"{int(on.sum())} px, but the label names no lesion"))
     if share > .95: out.append(("full", f"{share:.0%} of the image"))
     elif share:
         sizes = np.bincount(ndimage.label(on, np.ones((3, 3)))[0].ravel())[1:]
@@ -524,7 +524,7 @@ def audit(
     if read is None and (sim := df.image.str.startswith("sim:")).any(): raise ValueError(f"{manifest.name}: {df.id[sim].iloc[0]!r} is simulated, there is no file to read; pass read=, a function of the row that gives image and mask")
     if read is None and not Path(manifest.root).is_dir(): raise FileNotFoundError(f"{manifest.name}: no folder {manifest.root}; import the data set first, or pass read=")
     read, rows = read or (lambda row: _read(manifest.root, row)), df.to_dict("records")
-    lesion = [l.lower() not in {h.lower() for h in healthy} for l in df.label]
+    lesion = [None if l.lower() == NO_LABEL else l.lower() not in {h.lower() for h in healthy} for l in df.label]
     # one pass over the pixels
     got, vectors = [], []
     with Parallel(workers or os.cpu_count(), prefer="threads") as pool, tqdm(desc="read", total=len(df), unit="image", disable=not progress) as bar:

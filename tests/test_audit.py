@@ -473,3 +473,9 @@ def test_save_refuses_a_folder_of_others(report, tmp_path):
         with pytest.raises(FileExistsError, match="give an empty or a new folder"): report.save(tmp_path / place)
     assert (tmp_path / "thesis/audit.html").read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {"thesis", "file"}
     (tmp_path / "empty").mkdir(); assert (report.save(tmp_path / "empty") / "pairs.csv").is_file()
+
+
+def test_an_unknown_label_says_nothing_about_a_lesion():
+    on, off = np.pad(np.ones((9, 9), bool), 20), np.zeros((49, 49), bool)
+    seen = {(m, l): [f for f, _ in mask_faults({"on": on, "off": off}[m], on.shape, l)] for m in ("on", "off") for l in (True, False, None)}
+    assert seen == {("on", True): [], ("off", True): ["empty"], ("on", False): ["not empty"], ("off", False): [], ("on", None): [], ("off", None): []}
