@@ -260,6 +260,7 @@ def test_each_look_at_the_test_split_is_a_line_and_the_sealed_one_none(tmp_path)
     assert looks == [1, 2, 1, 0, 3] and list(said.n) == ["2", "2", "1", "2"] and said.test.nunique() == 2 and tuple(said) == LEDGER
     run = Run(tmp_path / "runs/.partial/r9"); run.look(m.split("valid")); assert run.config["test_hash"] == m.split("valid").split_hash and "sealed" in run.card(m)
     run.look(m); assert run.config["test_look"] == 4 and run.config["test_seal"] == ledger(tmp_path / "runs").seal.iloc[-1] and "look 4" in run.card(m)
+    run.look(m.split("valid")); assert "look 4" in run.card(m) and run.config["measured_on"] == "test", "a split that was read is sealed no more"
 
 
 @pytest.fixture(scope="module")
