@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
-from .manifest import Manifest, assign_splits, card_parts, join_groups
+from .manifest import Manifest, assign_splits, card_terms, join_groups
 from .source import MAX_FILE, BadFile, read_image
 
 # %% ../nbs/api/02f_audit.ipynb #0df3a064
@@ -485,8 +485,7 @@ class Audit:
         if len(m): parts.append(f"<h2>Marks</h2><p>{len(m)} of {self.marks.id.nunique()} images</p>{seen}")
         parts += [f"<h2>{t.capitalize()}</h2>{self._table(d, rows)}" for t in self.TABLES if len(d := getattr(self, t))]
         style = "body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em}td,th{text-align:left;vertical-align:top;padding:.2em .8em .2em 0}figure{display:inline-block;margin:.3em}figcaption{font-size:12px}"
-        terms = {h: t for h, t in card_parts(self.manifest.card).items() if h in ("Licence", "License", "Citation") and t}
-        parts += [f"<h2>{escape(h)}</h2><p style='white-space:pre-line'>{escape(t)}</p>" for h, t in terms.items()] or [f"<h2>Licence and citation</h2><p>{escape(self.manifest.name)}: the card names neither licence nor citation</p>"]
+        parts += [f"<h2>{escape(h)}</h2><p style='white-space:pre-line'>{escape(t)}</p>" for h, t in card_terms(self.manifest.card).items()] or [f"<h2>Licence and citation</h2><p>{escape(self.manifest.name)}: the card names neither licence nor citation</p>"]
         return f"<!doctype html><html lang=en><meta charset=utf-8><title>Audit of {escape(self.manifest.name)}</title><style>{style}</style><h1>Audit of {escape(self.manifest.name)}</h1>" + "".join(parts) + "</html>"
 
     def save(self, folder, most: int = 40) -> Path: # folder: new, empty, or an earlier audit; most: pictures

@@ -144,7 +144,9 @@ def _data_import(args):
     else:
         from htlab.generic import OWN, import_own
         if args.kind not in ("auto", *OWN): raise Usage(f"--as {args.kind}: there are {', '.join(OWN)}, and auto")
-        import_own(args.name, args.source, "" if args.kind == "auto" else args.kind, allow_missing=args.allow_missing, **parse_assignments(args.o, "-o"))
+        options = parse_assignments(args.o, "-o")
+        if taken := [k for k in options if k in ("name", "src", "kind", "dest", "allow_missing", "progress")]: raise Usage(f"-o {taken[0]}: is no option of a kind of data" + "; HTLAB_DATA names the folder of all data sets" * (taken[0] == "dest"))
+        import_own(args.name, args.source, "" if args.kind == "auto" else args.kind, allow_missing=args.allow_missing, **options)
 
 def _data_fetch(args):
     from htlab.fetch import FetchError, fetch

@@ -17,7 +17,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from tqdm.auto import tqdm
 
 from . import __version__
-from .manifest import data_home, find_card
+from .manifest import card_parts, data_home, find_card
 from .source import MAX_RATIO, MAX_TOTAL, BadFile, Source
 
 # %% ../nbs/api/02e_fetch.ipynb #fe7c0009
@@ -256,7 +256,7 @@ def _leaf(name): return name if re.fullmatch(r"\w[\w .()+-]{0,150}", name, re.A)
 
 def hosted(name: str) -> Hosted: # of a data set
     "What the card of a data set says about getting its files. FileNotFoundError without a card or without a section Download, ValueError for a line in it that cannot be used."
-    sections = dict(re.findall(r"^## +([^\n]+)\n(.*?)(?=^## |\Z)", find_card(name), re.M | re.S))
+    sections = card_parts(find_card(name))
     if "Download" not in sections: raise FileNotFoundError(f"{str(name)[:80]!r}: no card data_manifests/NAME.md of it has a section Download, so it is not known where it can be had")
     facts = dict(re.findall(r"^(Page|Zenodo record|Ask first|By hand): *(.+?) *$", sections["Download"], re.M))
     rows = [[c.strip(" `") for c in l.strip().strip("|").split("|")] for l in sections["Download"].splitlines() if l.lstrip().startswith("|")][2:]

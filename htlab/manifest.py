@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'COLUMNS', 'SCHEMA', 'RECEIPT', 'ManifestError', 'check_table', 'read_table', 'data_home', 'known_manifests',
-           'find_manifest', 'find_card', 'card_parts', 'assign_splits', 'assign_folds', 'join_groups', 'check_files',
-           'Manifest', 'measure']
+           'find_manifest', 'find_card', 'card_parts', 'card_terms', 'assign_splits', 'assign_folds', 'join_groups',
+           'check_files', 'Manifest', 'measure']
 
 # %% ../nbs/api/02_manifest.ipynb #5248a2de
 import csv, difflib, json, math, numbers, os, re
@@ -148,6 +148,10 @@ def card_parts(card: str) -> dict: # heading -> text
     "The sections of a card, by their headings of the second level."
     parts = re.split(r"^## +(.+)$", card, flags=re.M)
     return {h.strip(): t.strip() for h, t in zip(parts[1::2], parts[2::2])}
+
+def card_terms(card: str) -> dict: # heading -> text
+    "Licence and citation, as far as a card names them."
+    return {h: t for h, t in card_parts(card).items() if h in ("Licence", "License", "Citation") and t}
 
 # %% ../nbs/api/02_manifest.ipynb #131d1e5e
 def _lot(seed, name): return sha256(f"{seed}/{name}".encode()).hexdigest() # a random number that no library version changes

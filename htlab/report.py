@@ -95,19 +95,15 @@ def _weights_hash(name: str) -> str:
             while chunk := io.read(1 << 22): h.update(chunk)
     return h.hexdigest() if files else ""
 
-def _terms(manifest) -> dict:
-    from htlab.manifest import card_parts
-    return {h: t for h, t in card_parts(manifest.card).items() if h in ("Licence", "License", "Citation")}
-
 def _data_hashes(*items) -> dict:  # (name, value) of the parameters that concern the data
     "Hashes of the data; rows, classes and shots that are not to be had are errors here, before anything runs."
-    from htlab.manifest import Manifest
+    from htlab.manifest import Manifest, card_terms
     p = dict(items); m = Manifest.load(p["manifest"]).protocol(p.get("protocol", ""))
-    out = dict(data_hash=m.data_hash, split_hash=m.split_hash, cards={m.name: _terms(m)})
+    out = dict(data_hash=m.data_hash, split_hash=m.split_hash, cards={m.name: card_terms(m.card)})
     if len(p) == len(DATA):  # a template with all of these takes its rows from `pick` and `tested`
         m.pick(p["classes"], p["rows"], p["shots"], p["seed"], p["limit"])
         t = m.tested(p["test_manifest"], p["test_rows"], p["classes"], p["limit"], p["measure_on"])
-        if p["test_manifest"]: out["test_data_hash"] = t.data_hash; out["cards"][t.name] = _terms(t)
+        if p["test_manifest"]: out["test_data_hash"] = t.data_hash; out["cards"][t.name] = card_terms(t.card)
     return out
 
 DATA = ("manifest", "protocol", "classes", "rows", "shots", "seed", "limit", "test_manifest", "test_rows", "measure_on")
@@ -237,8 +233,7 @@ class Run:
             before = ledger(self.runs)
             line = [time.strftime("%Y-%m-%dT%H:%M:%S"), self.config.get("name", "by hand"), re.sub(r"[^\w.+-]", "_", manifest.name), str(len(tested)), tested.split_hash]
             line.append(_sha(before.seal.iloc[-1] if len(before) else "", *line)[:16])
-            with open(path, "a", encoding="utf-8", newline="") as f:
-                f.write(("" if f.tell() else ",".join(LEDGER) + "\n") + ",".join(line) + "\n"); f.flush(); os.fsync(f.fileno())
+            _write(path, (path.read_text(encoding="utf-8") if len(before) else ",".join(LEDGER) + "\n") + ",".join(line) + "\n")  # a full disk must not leave half a line, which would look like an edit
         looks = int(before.test.eq(line[4]).sum()) + 1
         self.log(test_look=looks, test_hash=line[4], test_seal=line[5], measured_on="test")
         return looks
@@ -256,10 +251,11 @@ class Run:
 
     def card(self, *manifests) -> str:  # markdown
         "Licence and citation of all images used, from the cards of their manifests; who was on which side; and the looks at the test split so far."
+        from htlab.manifest import card_terms
         said, c = [], self.config
         for name in dict.fromkeys(m.name for m in manifests):
             mine = [m for m in manifests if m.name == name]
-            said.append(f"**Images**: {name}, {len({i for m in mine for i in m.df.id})} rows. " + (" ".join(f"**{h}**: {t}" for h, t in _terms(mine[0]).items()) or "Its card names neither licence nor citation."))
+            said.append(f"**Images**: {name}, {len({i for m in mine for i in m.df.id})} rows. " + (" ".join(f"**{h}**: {t}" for h, t in card_terms(mine[0].card).items()) or "Its card names neither licence nor citation."))
         if c.get("split_hash"): said.append(f"**Protocol**: {c.get('parameters', {}).get('protocol') or 'the split in the table'}; data {c['data_hash'][:8]}, split {c['split_hash'][:8]}." + "".join(f" {m.note}." for m in manifests[:1] if m.note))
         if c.get("measured_on") == "valid": said.append("**Test split**: sealed. The figures are those of the validation split, on which the best epoch was chosen too: they flatter, and are for choosing between settings only.")
         elif "test_look" in c: said.append(f"**Test split** {c['test_hash'][:8]}: this was look {c['test_look']} at it from this folder of runs" + (", the first." if c["test_look"] == 1 else "; what was chosen after seeing an earlier one is no longer tested by it (`htlab ledger` lists them)."))
@@ -555,7 +551,7 @@ def _crossed(runs) -> list:  # complete sets of folds joined, all else as it was
     joined = {}
     for folds in sets.values():
         parts, k, protocol = [f[0] for _, f in sorted(folds.items())], *next(iter(folds.values()))[1:]
-        if set(folds) == set(range(1, k + 1)):
+        if set(folds) == set(range(1, k + 1)) and not pd.concat([r.cases.id for r in parts]).duplicated().any():  # else all were tested on the same rows, such as those of another data set
             whole = _Folds(parts, protocol)
             joined |= {r.name: whole for r in parts}
     return list({id(x): x for x in (joined.get(r.name, r) for r in runs)}.values())

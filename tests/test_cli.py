@@ -33,6 +33,7 @@ def fails(capsys, code, *words):
     (["run", "segment", "-p", "manifest=absent"], 1, "absent"), (["run", "segment", "-p", "manifest=phantmo"], 1, "phantom"),
     (["compare", "a"], 2, "two runs"), (["compare", "a", "b"], 1, "no run 'a'"), (["data"], 2, "required|COMMAND"), (["data", "import", "bsui", "x"], 2, "did you mean 'busi'"),
     (["data", "import", "busi", "absent"], 1, "absent"), (["data", "import", "mine", "x"], 2, "your own images need --as KIND"), (["data", "import", "busi", "x", "-o", "a=1"], 2, "--as"),
+    (["data", "import", "mine", "x", "--as", "folder", "-o", "dest=/tmp/y"], 2, "-o dest: is no option.*HTLAB_DATA"), (["data", "import", "mine", "x", "--as", "folder", "-o", "src=y"], 2, "-o src: is no option"),
     (["data", "import", "mine", "x", "--as", "dicomm"], 2, "there are folder, csv, dicom"), (["data", "import", "mine", "absent", "--as", "folder"], 1, "absent"), (["data", "fetch", "mine"], 2, "no importer"),
     (["data", "audit", "bsui"], 1, "did you mean 'busi'"), (["data", "audit", "phantom", "--drop-conflicts"], 2, "--repair"), (["data", "audit", "phantom", "--protocol", "fold=9/3"], 1, "protocol='fold=9/3'"),
     (["data", "card", "bsui"], 1, "did you mean 'busi'"), (["data", "cache", "--clear", "absent"], 1, "no store 'absent'")])

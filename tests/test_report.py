@@ -284,6 +284,15 @@ def test_a_ledger_that_was_edited_says_where(six_looks, at, how, field):
     with pytest.raises(ValueError, match=rf"test_ledger.csv, line {where}\b.*say so where you report"): ledger(home)
 
 
+def test_a_full_disk_leaves_the_ledger_whole(six_looks, monkeypatch):
+    home, text = six_looks; path = home / "test_ledger.csv"; path.write_text(text); run = Run(home / ".partial/r8")
+    def full(*a): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"): run.look(Manifest(looked(), "m"))
+    assert path.read_text() == text and not list(home.glob("*.tmp")) and run.look(Manifest(looked(), "m")) == 4
+
+
 def test_nothing_is_entered_behind_an_edit(six_looks):
     home, text = six_looks; path = home / "test_ledger.csv"; path.write_text(text.replace(",m,", ",n,", 1)); edited = path.read_text()
     with pytest.raises(ValueError, match="test_ledger.csv, line 2"): Run(home / ".partial/r9").look(Manifest(looked(), "m"))
@@ -477,6 +486,8 @@ def test_the_folds_of_a_cross_validation_are_one_result(tmp_path, monkeypatch):
     assert both.paired["difference [95 % interval]"][0].startswith(f"{d:+.3f}") and int(both.paired.pairs[0]) == 30 and any("the folds are read as one result, 30 cases" in n for n in both.notes)
     assert len(compare(*a[:2], *b[:2]).table) == 4, "an incomplete set stays apart"
     with pytest.raises(ValueError, match="folds of one cross-validation"): compare(*a[:3])
+    same = [fake(f"{x}-out-{i}", [.1, .2, .3], split=f"s{i}", test_hash="t", parameters={"adapter": x, "seed": 0, "protocol": f"fold={i}/3"}) for x in ("none", "mona") for i in (1, 2, 3)]
+    assert len(compare(*same).table) == 6, "all folds tested on the same rows of another data set: nobody is tested once"
 
 
 def test_different_protocols_stand_in_a_column_of_their_own(tmp_path, monkeypatch):
