@@ -8,10 +8,10 @@ from conftest import ROOT
 # Long pages and templates run with these instead of their own numbers; the stored outputs come from their own.
 SMOKE = {
     "lessons/00_adapt_clip": dict(scenes=40, pairs=10, epochs=1),
-    "lessons/01_is_it_a_filter": dict(images=16, tested=40, epochs=1, seeds="1,2"),
-    "lessons/02_your_own_adapter": dict(limit=4, epochs=1, templates="segment,contrast,zero_shot"),
-    "lessons/03_the_published_recipe": dict(shots=3, limit=3, epochs=1, seeds="1", changes="no normalisation,paper"),
-    "lessons/04_small_lesions": dict(limit=6, epochs=1, seeds="1"),
+    "lessons/04_filter_or_gain": dict(images=16, tested=40, epochs=1, seeds="1,2"),
+    "lessons/10_your_own_adapter": dict(limit=4, epochs=1, templates="segment,contrast,zero_shot"),
+    "lessons/11_the_published_recipe": dict(shots=3, limit=3, epochs=1, seeds="1", changes="no normalisation,paper"),
+    "lessons/12_small_lesions": dict(limit=6, epochs=1, seeds="1"),
     "lessons/09_the_data_set_is_the_experiment": dict(scenes=40, repeats=2),
     "experiments/segment": dict(limit=4, epochs=1),
     "experiments/classify": dict(limit=4, epochs=1),
