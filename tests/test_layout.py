@@ -10,8 +10,8 @@ from packaging.utils import canonicalize_name
 
 # Which modules the exported cells of a module may import. Demonstrations may use any smaller floor.
 IMPORTS = {m: set(names.split()) for m, names in {
-    "show": "", "speckle": "", "manifest": "", "source": "manifest", "importers": "manifest source", "dicom": "source", "generic": "manifest source importers dicom", "fetch": "manifest source",
-    "audit": "show manifest source", "store": "manifest", "dataset": "manifest speckle store", "backbone": "", "adapter": "", "inject": "backbone adapter",
+    "show": "", "speckle": "", "probe": "speckle", "differentiable": "speckle", "envelope": "", "quality": "", "spectrum": "", "manifest": "", "source": "manifest", "importers": "manifest source", "dicom": "source", "generic": "manifest source importers dicom", "fetch": "manifest source",
+    "audit": "show manifest source", "store": "manifest", "dataset": "manifest speckle store", "backbone": "", "adapter": "", "inject": "backbone adapter", "response": "speckle spectrum backbone adapter inject",
     "head": "", "task": "inject backbone head", "train": "", "evaluate": "", "embed": "backbone", "attribute": "backbone",
     "report": "show manifest train evaluate", "grid": "report"}.items()}
 ANYTHING = {"widgets", "cli"}
