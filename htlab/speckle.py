@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['RAYLEIGH_SNR', 'SCANNERS', 'speckle_snr', 'contrast_to_noise', 'power_spectrum', 'radial_spectrum', 'Scanner',
-           'attenuation_db', 'echo_envelope', 'log_compress', 'bmode']
+           'resolution_cell', 'attenuation_db', 'Look', 'draw_looks', 'echo_envelope', 'log_compress', 'bmode',
+           'lesion_map']
 
 # %% ../nbs/api/01_speckle.ipynb #da4b9237
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import fft
@@ -69,6 +72,25 @@ class Scanner:
     looks: int = 1  # independent speckle patterns averaged (spatial compounding)
     reverberation: float = 0.0  # amplitude of the first repeat of the skin echo, relative to reference tissue
     interference: float = 0.0  # amplitude of electrical interference, relative to reference tissue
+    density: float = float("inf")  # mean number of scatterers per resolution cell at the focus; inf: fully developed speckle
+    tone: tuple[float, float] | None = None  # frequency of the interference (down, across), cycles per mm; None: drawn. The envelope shows twice this frequency
+
+    def __post_init__(self):
+        for key in ("frequency", "bandwidth", "f_number", "dynamic_range", "density", "looks"):
+            if not getattr(self, key) > 0: raise ValueError(f"scanner {self.name}: {key} must be positive, got {getattr(self, key)}")
+        if self.tone is not None and np.shape(self.tone) != (2,): raise ValueError(f"scanner {self.name}: tone must be (down, across) in cycles per mm, got {self.tone!r}")
+
+
+def resolution_cell(
+    scanner: Scanner,
+    depth_mm: float | np.ndarray,  # where, mm below the probe
+    image_mm: float,  # depth of the image, mm: the focus is a fraction of it
+) -> tuple[float, float | np.ndarray]:  # axial, lateral; mm
+    """Widths at half maximum of the amplitude point-spread function: wavelength / (2 bandwidth) along depth, and across wavelength * f-number * sqrt(1 + (z/D)^2)
+    at z from the focus, D = 8 wavelength f-number^2. They are the widths of the intensity's autocovariance, too (Wagner et al. 1983)"""
+    wavelength = 1.54 / scanner.frequency  # mm, at 1540 m/s
+    spread = (1 + ((depth_mm - scanner.focus * image_mm) / (8 * wavelength * scanner.f_number**2))**2)**.5
+    return wavelength / (2 * scanner.bandwidth), wavelength * scanner.f_number * spread
 
 
 SCANNERS = {s.name: s for s in (
@@ -89,27 +111,56 @@ def attenuation_db(
     return loss * np.float32(2 * scanner.frequency * spacing_mm / 10)
 
 
+class Look(NamedTuple):
+    "The random numbers of one look"
+    scatterers: np.ndarray  # (H, W) complex64, mean square 2
+    noise: np.ndarray  # (H, W) complex64, mean square 2
+    reverberation: tuple | None  # gap between skin and probe, mm; half waves of the wobble across; its phase
+    interference: tuple | None  # cycles per mm down, across; phase
+
+
+def draw_looks(
+    scanner: Scanner,
+    shape: tuple[int, int],  # (H, W)
+    spacing_mm: float,  # size of a pixel, mm
+    rng: np.random.Generator,
+    lateral_mm: float | np.ndarray | None = None,  # size of a pixel across, mm: one, or one per row; None: spacing_mm
+) -> Iterator[Look]:
+    """All that is random in an image, look by look. At a finite `density` each pixel holds a Poisson number n of scatterers with circular Gaussian strengths
+    (their sum is sqrt(n) times one such number), divided by the square root of the mean number, so the mean power does not depend on the density"""
+    if np.isfinite(scanner.density):
+        axial, lateral = resolution_cell(scanner, 0, 0)  # at the focus
+        mean = scanner.density * spacing_mm * np.reshape(spacing_mm if lateral_mm is None else lateral_mm, (-1, 1)) / (axial * lateral)
+    for _ in range(scanner.looks):
+        scatterers = _complex_normal(rng, *shape)
+        if np.isfinite(scanner.density): scatterers *= np.sqrt(rng.poisson(mean, shape) / mean).astype(np.float32)
+        yield Look(scatterers, _complex_normal(rng, *shape),
+                   (rng.uniform(2.2, 4.5), rng.uniform(.5, 2), rng.uniform(0, 6.28)) if scanner.reverberation else None,
+                   (*_tone(scanner, rng), rng.uniform(0, 6.28)) if scanner.interference else None)
+
+
 def echo_envelope(
     echogenicity: np.ndarray,  # (H, W) backscatter amplitude, 1 = reference tissue
     scanner: Scanner,
     spacing_mm: float,  # size of a pixel, mm
     rng: np.random.Generator,
     attenuation: np.ndarray | None = None,  # (H, W) dB / (cm MHz); None: what the TGC assumes, so depth changes nothing
+    lateral_mm: float | np.ndarray | None = None,  # size of a pixel across, mm: one, or one per row (beams that diverge); None: spacing_mm
 ) -> np.ndarray:  # (H, W) float32 linear envelope; mean square 2 in reference tissue
-    "Envelope of the echoes of fully developed speckle through a depth-dependent point-spread function, with the scanner's artefacts"
+    "Envelope of the echoes through a depth-dependent point-spread function, with the scanner's artefacts; periodic across and along depth"
     if np.ndim(echogenicity) != 2: raise ValueError(f"echogenicity must be a map (H, W), got shape {np.shape(echogenicity)}: simulate one image at a time")
     h, w = echogenicity.shape
     if attenuation is not None and attenuation.shape != (h, w):
         raise ValueError(f"attenuation has shape {attenuation.shape} but echogenicity {(h, w)}: draw both on the same grid")
     if not spacing_mm > 0: raise ValueError(f"spacing_mm must be positive, got {spacing_mm}: give the pixel size in mm")
+    step = spacing_mm if lateral_mm is None else lateral_mm
+    if np.shape(step) not in ((), (h,)) or not np.all(np.asarray(step) > 0): raise ValueError(f"lateral_mm must be positive, one number or one per row ({h}), got {step}")
+    if np.ndim(step): step = np.asarray(step, np.float32)
     echogenicity = np.asarray(echogenicity, np.float32)
     depth = (np.arange(h, dtype=np.float32) + .5) * spacing_mm
-    wavelength = 1.54 / scanner.frequency  # mm, at 1540 m/s
-    # standard deviations (pixels) of Gaussian pulses with the given widths at half maximum; 0.3 px keeps sampling sane
-    axial = max(wavelength / (2 * scanner.bandwidth) / 2.355 / spacing_mm, .3)
-    focal = scanner.focus * h * spacing_mm
-    spread = np.sqrt(1 + ((depth - focal) / (8 * wavelength * scanner.f_number**2))**2)
-    lateral = np.maximum(wavelength * scanner.f_number * spread / 2.355 / spacing_mm, .3)
+    axial, lateral = resolution_cell(scanner, depth, h * spacing_mm)
+    # standard deviations (pixels) of Gaussian pulses with these widths at half maximum; 0.3 px keeps sampling sane
+    axial, lateral = max(axial / 2.355 / spacing_mm, .3), np.maximum(lateral / 2.355 / step, .3)
     fz, fx = fft.fftfreq(h).astype(np.float32), fft.fftfreq(w).astype(np.float32)
     along = np.exp(-2 * (np.pi * axial * fz)**2)[:, None]
     across = np.exp(-2 * (np.pi * lateral[:, None] * fx)**2).astype(np.float32)
@@ -119,13 +170,17 @@ def echo_envelope(
     if attenuation is not None: amplitude = amplitude * np.float32(10)**(attenuation_db(attenuation, scanner, spacing_mm) / np.float32(-20))
     tgc = np.float32(10)**((2 * scanner.frequency * scanner.tgc / 10 * depth + scanner.noise) / 20).astype(np.float32)[:, None]
     total = np.zeros((h, w), np.float32)
-    for _ in range(scanner.looks):
-        field = _complex_normal(rng, h, w) * amplitude
-        field = fft.ifft(fft.fft(field, axis=1) * across, axis=1)
-        field = fft.ifft(fft.fft(field, axis=0) * along, axis=0)
-        field += tgc * _complex_normal(rng, h, w)
-        if scanner.reverberation: field += _reverberation(scanner, depth, w, rng)
-        if scanner.interference: field += _interference(scanner, depth, w, spacing_mm, rng)
+    for look in draw_looks(scanner, (h, w), spacing_mm, rng, lateral_mm):
+        field, noise = look[:2]
+        field *= amplitude
+        noise *= tgc
+        for axis, blur in ((1, across), (0, along)):
+            field = fft.fft(field, axis=axis, overwrite_x=True)
+            field *= blur
+            field = fft.ifft(field, axis=axis, overwrite_x=True)
+        field += noise
+        if scanner.reverberation: field += _reverberation(scanner, depth, w, *look.reverberation)
+        if scanner.interference: field += _interference(scanner, depth, w, np.mean(step), *look.interference)
         total += np.abs(field)
     return total / scanner.looks
 
@@ -146,9 +201,10 @@ def bmode(
     spacing_mm: float,  # size of a pixel, mm
     rng: np.random.Generator,
     attenuation: np.ndarray | None = None,  # (H, W) dB / (cm MHz)
+    lateral_mm: float | np.ndarray | None = None,  # size of a pixel across, mm: one, or one per row; None: spacing_mm
 ) -> np.ndarray:  # (H, W) uint8
     "A B-mode image of the tissue: `echo_envelope`, then `log_compress` with the scanner's dynamic range and gain"
-    return log_compress(echo_envelope(echogenicity, scanner, spacing_mm, rng, attenuation), scanner.dynamic_range, scanner.gain)
+    return log_compress(echo_envelope(echogenicity, scanner, spacing_mm, rng, attenuation, lateral_mm), scanner.dynamic_range, scanner.gain)
 
 # %% ../nbs/api/01_speckle.ipynb #7b52009b
 def _complex_normal(rng, h, w):
@@ -156,15 +212,34 @@ def _complex_normal(rng, h, w):
     return z.view(np.complex64)
 
 
-def _reverberation(scanner, depth, w, rng):
-    gap = rng.uniform(2.2, 4.5)  # mm between skin and probe face
+def _tone(scanner, rng):
+    drawn = rng.uniform(.3, .8), rng.uniform(-.5, .5)  # drawn even where it is given: all else in the image stays
+    return drawn if scanner.tone is None else scanner.tone
+
+
+def _reverberation(scanner, depth, w, gap, waves, phase):
     pulse = 1.54 / scanner.frequency / (2 * scanner.bandwidth) / 2.355 * 1.5
     repeats = sum(.75**(k - 1) * np.exp(-.5 * ((depth - k * gap) / pulse)**2) for k in range(1, 9))
-    wobble = 1 + .3 * np.sin(np.linspace(0, np.pi * rng.uniform(.5, 2), w) + rng.uniform(0, 6.28))
+    wobble = 1 + .3 * np.sin(np.linspace(0, np.pi * waves, w) + phase)
     return (4 * scanner.reverberation * repeats[:, None] * wobble[None]).astype(np.float32)
 
 
-def _interference(scanner, depth, w, spacing_mm, rng):
-    fz, fx = rng.uniform(.3, .8), rng.uniform(-.5, .5)  # cycles per mm
-    tone = 2 * np.pi * (fz * depth[:, None] + fx * spacing_mm * np.arange(w)[None]) + rng.uniform(0, 6.28)
+def _interference(scanner, depth, w, step, fz, fx, phase):
+    tone = 2 * np.pi * (fz * depth[:, None] + fx * step * np.arange(w)[None]) + phase
     return (4 * scanner.interference * np.cos(tone)).astype(np.float32)
+
+# %% ../nbs/api/01_speckle.ipynb #dd9e03fa
+def lesion_map(
+    shape: tuple[int, int],  # (H, W) of the maps
+    spacing_mm: float,  # size of a pixel, mm
+    centre_mm: tuple[float, float],  # depth and position across of the lesion's centre, mm
+    radius_mm: float,
+    contrast_db: float,  # echogenicity of the lesion against the tissue around it, dB
+    attenuation: float = .5,  # of the lesion, dB / (cm MHz)
+    background: float = .5,  # attenuation around it, dB / (cm MHz)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # echogenicity and attenuation, float32; mask, bool; each (H, W)
+    "A disc in homogeneous tissue: what `echo_envelope` wants, and the truth"
+    z, x = np.ogrid[:shape[0], :shape[1]]
+    mask = np.hypot((z + .5) * spacing_mm - centre_mm[0], (x + .5) * spacing_mm - centre_mm[1]) < radius_mm
+    if not mask.any(): raise ValueError(f"centre_mm {tuple(centre_mm)} and radius_mm {radius_mm}: no pixel of the {shape[0] * spacing_mm:g} x {shape[1] * spacing_mm:g} mm map is inside")
+    return np.where(mask, np.float32(10**(contrast_db / 20)), np.float32(1)), np.where(mask, np.float32(attenuation), np.float32(background)), mask

@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import wilcoxon
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from htlab.evaluate import (_auroc, _statistic, auroc_score, calibration, case_metrics, dice_score, evaluate_classification, evaluate_segmentation, fit_temperature, holm, loglik_score, paired,
-                            paired_pooled, retrieval_cases, summarise, summarise_pooled, tempered)
+from htlab.evaluate import (_auroc, _statistic, auroc_score, calibration, case_metrics, contour_distances, conventions, dice_score, evaluate_classification, evaluate_segmentation, fit_temperature, holm, loglik_score,
+                            paired, paired_pooled, retrieval_cases, summarise, summarise_pooled, surface_dice, tempered)
 
 torch.set_num_threads(1)
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 14))
@@ -84,6 +84,39 @@ def test_monai_agrees(pair, mm):
         kw = dict(include_background=True, spacing=spacing)
         assert ours['hd95' + unit] == pytest.approx(compute_hausdorff_distance(p, t, percentile=95, **kw).item(), rel=1e-4, abs=1e-5)
         assert ours['asd' + unit] == pytest.approx(compute_average_surface_distance(p, t, symmetric=True, **kw).item(), rel=1e-4, abs=1e-5)
+
+@given(pairs, st.floats(0, 8), st.floats(0, 4), st.floats(.1, 3))
+def test_surface_dice(pair, tolerance, more, mm):
+    pred, true = pair
+    nsd, there, back = surface_dice(pred, true, tolerance), *contour_distances(pred, true)
+    assert 0 <= nsd <= surface_dice(pred, true, tolerance + more) <= 1 and nsd == surface_dice(true, pred, tolerance)
+    assert (len(there) > 0, len(back) > 0) == (pred.any(), true.any())
+    if pred.any() != true.any(): assert nsd == 0 and np.isinf([*there, *back]).all()
+    else: assert surface_dice(pred, true, math.hypot(*pred.shape)) == surface_dice(true, true, 0) == 1
+    assert surface_dice(pred, true, np.float64(tolerance) * mm + 1e-9, mm) >= nsd                      # another unit, the same ruler
+
+@pytest.mark.filterwarnings('ignore')
+@settings(max_examples=60)
+@given(pairs | shapes.map(lambda s: (np.zeros(s, bool), np.ones(s, bool))), st.booleans(), st.sampled_from([.5, 1.2, 2.7]))
+def test_monais_row_is_monais(pair, swap, tolerance):
+    "With any mask empty or none: what we say MONAI says is what MONAI says."
+    from monai.metrics import DiceMetric, HausdorffDistanceMetric, MeanIoU, SurfaceDiceMetric, SurfaceDistanceMetric
+    pred, true = pair[::-1] if swap else pair
+    p, t = (torch.tensor(m)[None, None].float() for m in (pred, true))
+    row, kw = conventions(pred, true, tolerance).loc['MONAI'], dict(include_background=True)
+    for name, metric in dict(dice=DiceMetric(), iou=MeanIoU(), hd95=HausdorffDistanceMetric(percentile=95, **kw), asd=SurfaceDistanceMetric(symmetric=True, **kw), nsd=SurfaceDiceMetric([tolerance], **kw)).items():
+        assert row[name] == pytest.approx(metric(p, t).item(), rel=1e-4, abs=1e-5, nan_ok=True), name
+
+@given(pairs)
+def test_conventions_differ_only_where_a_mask_is_empty(pair):
+    table = conventions(*pair)
+    for m in ('dice', 'iou', 'hd95', 'asd', 'nsd'):
+        values = table[m].dropna()
+        if all(p.any() for p in pair): assert values.nunique() == 1 and len(values) == table[m].notna().sum()
+    ours = case_metrics(*pair)
+    assert all(table.loc["htlab 'diagonal'", m] == ours[m] for m in ('dice', 'iou', 'hd95', 'asd'))
+    if not any(p.any() for p in pair): assert table.loc['TransUNet', 'dice'] == 0 and table.loc['surface-distance', 'hd95'] == math.inf and math.isnan(table.loc['nnU-Net v2', 'dice'])
+    elif not pair[1].any(): assert table.loc['TransUNet', 'dice'] == 1 and math.isnan(table.loc['MONAI', 'dice'])
 
 @given(pairs)
 def test_missing_never_pays(pair):
