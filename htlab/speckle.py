@@ -174,8 +174,8 @@ def echo_envelope(
         field, noise = look[:2]
         field *= amplitude
         noise *= tgc
-        for axis, blur in ((1, across), (0, along)):
-            field = fft.fft(field, axis=axis, overwrite_x=True)
+        for axis, blur in ((1, across), (0, along)):  # in place: memory is what this loop waits for
+            field = fft.fft(field, axis=axis, overwrite_x=True).astype(np.result_type(np.complex64, blur), copy=False)
             field *= blur
             field = fft.ifft(field, axis=axis, overwrite_x=True)
         field += noise
