@@ -7,7 +7,9 @@ from conftest import ROOT
 
 # Long pages and templates run with these instead of their own numbers; the stored outputs come from their own.
 SMOKE = {
+    "api/01c_envelope": dict(seeds=60),
     "lessons/00_adapt_clip": dict(scenes=40, pairs=10, epochs=1),
+    "lessons/01_what_is_speckle": dict(patterns=4),
     "lessons/04_filter_or_gain": dict(images=16, tested=40, epochs=1, seeds="1,2"),
     "lessons/10_your_own_adapter": dict(limit=4, epochs=1, templates="segment,contrast,zero_shot"),
     "lessons/11_the_published_recipe": dict(shots=3, limit=3, epochs=1, seeds="1", changes="no normalisation,paper"),
