@@ -8,8 +8,10 @@ from conftest import ROOT
 # Long pages and templates run with these instead of their own numbers; the stored outputs come from their own.
 SMOKE = {
     "api/01c_envelope": dict(seeds=60),
+    "api/06a_response": dict(epochs=1, trained=16, scenes=6, draws=50),
     "lessons/00_adapt_clip": dict(scenes=40, pairs=10, epochs=1),
     "lessons/01_what_is_speckle": dict(patterns=4),
+    "lessons/03_what_clip_sees": dict(scenes=24, tissues=6, pairs=10, epochs=1),
     "lessons/04_filter_or_gain": dict(images=16, tested=40, epochs=1, seeds="1,2"),
     "lessons/10_your_own_adapter": dict(limit=4, epochs=1, templates="segment,contrast,zero_shot"),
     "lessons/11_the_published_recipe": dict(shots=3, limit=3, epochs=1, seeds="1", changes="no normalisation,paper"),
