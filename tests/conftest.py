@@ -3,6 +3,7 @@ import os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
+from browser import jupyterlab
 from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
@@ -39,3 +40,10 @@ def copy(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "The Makefile's own command, run with this environment's programs; what the server says of itself."
+    if not shutil.which("make"): pytest.skip("no make on this machine")
+    with jupyterlab(tmp_path_factory.mktemp("jupyter")) as facts: yield facts
