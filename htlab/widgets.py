@@ -23,9 +23,10 @@ from scipy.ndimage import affine_transform, binary_erosion
 
 # %% ../nbs/api/15_widgets.ipynb #8edbe319
 from .envelope import fit_all
+from .probe import Probe, probe_scan, scan_convert, to_beams
 from .quality import effective_samples, snr
 from .show import COLORS, PRED, TRUE, show_image
-from .speckle import Scanner, echo_envelope, lesion_map, log_compress, radial_spectrum, speckle_snr
+from .speckle import Scanner, lesion_map, log_compress, radial_spectrum, speckle_snr
 from .spectrum import find_peaks, spectrum_2d
 
 # %% ../nbs/api/15_widgets.ipynb #dda18a66
@@ -263,18 +264,21 @@ class _View:
 
 # %% ../nbs/api/15_widgets.ipynb #824f782f
 _MM = 40 / 224  # a pixel of the speckle bench
+_PROBES = {"linear": Probe(lines=224), "convex": Probe("convex", radius_mm=40, angle_deg=60), "sector": Probe("sector", angle_deg=80)}
 
 
 @lru_cache(maxsize=8)
-def _examined(scanner, contrast, seed):
-    "Envelope, the region of tissue that is measured, its fitted laws and its SNR. Display settings come after, and cost no new fit"
+def _examined(scanner, probe, contrast, seed):
+    "Envelope of the beams, the region of tissue that is measured, its fitted laws and its SNR. Display settings come after, and cost no new fit"
     tissue, attenuation, _ = lesion_map((224, 224), _MM, (20, 26), 6, contrast)
     region = np.zeros(tissue.shape, bool)
     region[56:168, 14:98] = True
-    envelope = echo_envelope(tissue, scanner, _MM, np.random.default_rng(seed), attenuation)
-    try: n_eff, quality = effective_samples(envelope, region), str(snr(envelope, region))
-    except ValueError: n_eff, quality = 10, f"SNR {speckle_snr(envelope[region]):.3g}, no interval"  # speckle as coarse as the region
-    return envelope, region, fit_all(envelope[region], n_eff, ("rayleigh", "nakagami", "k", "homodyned-k"), intervals=False), quality
+    region &= _PROBES[probe].pixels(region.shape, _MM)[2]
+    envelope = probe_scan(tissue, _PROBES[probe], scanner, _MM, np.random.default_rng(seed), attenuation).envelope
+    where = to_beams(region, _PROBES[probe], _MM) > .5
+    try: n_eff, quality = effective_samples(envelope, where), str(snr(envelope, where))
+    except ValueError: n_eff, quality = 10, f"SNR {speckle_snr(envelope[where]):.3g}, no interval"  # speckle as coarse as the region
+    return envelope, region, envelope[where], fit_all(envelope[where], n_eff, ("rayleigh", "nakagami", "k", "homodyned-k"), intervals=False), quality
 
 # %% ../nbs/api/15_widgets.ipynb #c317fd77
 class SpeckleBench(Bench):
@@ -285,13 +289,13 @@ class SpeckleBench(Bench):
         "focus": Knob("focus (part of depth)", .45, .1, .9, .05), "density": Knob("scatterers per cell", math.inf, options=(1, 2, 5, 10, 20, math.inf)),
         "looks": Knob("looks (compounding)", 1, 1, 8, 1), "tgc": Knob("TGC (dB/cm/MHz)", .5, 0, 1.2, .05), "noise": Knob("noise (dB)", -48., -90, 0, 2),
         "interference": Knob("interference", 0., 0, .5, .02), "gain": Knob("gain (dB)", 0., -20, 20, 1), "dynamic_range": Knob("dynamic range (dB)", 55., 20, 90, 1),
-        "contrast": Knob("lesion contrast (dB)", -10., -30, 15, 1), "seed": Knob("seed", 0, 0, 99, 1)}
+        "probe": Knob("probe", "linear", options=tuple(_PROBES)), "contrast": Knob("lesion contrast (dB)", -10., -30, 15, 1), "seed": Knob("seed", 0, 0, 99, 1)}
     pictures = {"image": ImagePicture(), "envelope": PlotPicture(), "grey": PlotPicture(), "spectrum": ImagePicture()}
 
-    def compute(self, gain, dynamic_range, contrast, seed, **settings):
-        envelope, region, fits, quality = _examined(Scanner("bench", tone=(1., .4), **settings), contrast, seed)
-        image = log_compress(envelope, dynamic_range, gain)
-        counts, edges = np.histogram(envelope[region], 50, density=True)
+    def compute(self, gain, dynamic_range, probe, contrast, seed, **settings):
+        envelope, region, measured, fits, quality = _examined(Scanner("bench", tone=(1., .4), **settings), probe, contrast, seed)
+        image = (scan_convert(log_compress(envelope, dynamic_range, gain), _PROBES[probe], region.shape, _MM) + .5).astype(np.uint8)
+        counts, edges = np.histogram(measured, 50, density=True)
         at = np.linspace(1e-3, edges[-1], 100)
         shades = np.bincount(image[region] // 4, minlength=64)
         power, peaks, marks = spectrum_2d(image).db, find_peaks(image, _MM), np.zeros(image.shape, bool)

@@ -8,9 +8,12 @@ from conftest import ROOT
 # Long pages and templates run with these instead of their own numbers; the stored outputs come from their own.
 SMOKE = {
     "api/01c_envelope": dict(seeds=60),
+    "api/01d_quality": dict(seeds=20),
+    "api/01e_spectrum": dict(seeds=20),
     "api/06a_response": dict(epochs=1, trained=16, scenes=6, draws=50),
     "lessons/00_adapt_clip": dict(scenes=40, pairs=10, epochs=1),
     "lessons/01_what_is_speckle": dict(patterns=4),
+    "lessons/02_seeing_spectra": dict(patterns=4),
     "lessons/03_what_clip_sees": dict(scenes=24, tissues=6, pairs=10, epochs=1),
     "lessons/04_filter_or_gain": dict(images=16, tested=40, epochs=1, seeds="1,2"),
     "lessons/10_your_own_adapter": dict(limit=4, epochs=1, templates="segment,contrast,zero_shot"),
@@ -24,6 +27,7 @@ SMOKE = {
     "experiments/retrieve": dict(limit=4),
     "experiments/ablation": dict(adapters="none,mona", seeds="1,2", shots="0", limit=4, epochs=1),
     "experiments/demo": dict(limit=16, pair_epochs=1, epochs=1, frozen_epochs=1),
+    "experiments/speckle": dict(limit=2),
     "experiments/tiny": dict(images=128, check=40, dial_images=0, out=""),
 }
 
