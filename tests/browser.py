@@ -117,7 +117,7 @@ def run_bench(browser, lab, name):
     return page
 
 
-def quiet(page, ms=600):
+def quiet(page, ms=1000):
     "Wait until nothing has changed on the screen for a while; its state."
     state, since = None, time.time()
     while time.time() - since < ms / 1000 or None in state.values() or not state:
