@@ -109,9 +109,12 @@ def run_bench(browser, lab, name):
     "Open a notebook of one cell, run it, and wait until its bench is on the screen and quiet."
     page = open_notebook(browser, lab, name)
     page.evaluate(SCRIPT)
-    page.click(".jp-Notebook .jp-Cell .cm-content")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-    page.keyboard.press("Shift+Enter")
+    for _ in range(20):  # a lab that is still settling takes the focus away, and the keys go nowhere
+        page.click(".jp-Notebook .jp-Cell .cm-content >> nth=0")
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_timeout(2000)
+        if page.inner_text(".jp-Notebook .jp-InputPrompt >> nth=0").strip() != "[ ]:": break
     page.wait_for_selector(".htlab-bench .htlab-picture, .jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']")
     quiet(page)
     return page
