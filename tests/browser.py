@@ -109,8 +109,12 @@ def run_bench(browser, lab, name):
     "Open a notebook of one cell, run it, and wait until its bench is on the screen and quiet."
     page = open_notebook(browser, lab, name)
     page.evaluate(SCRIPT)
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    for _ in range(240):  # a cell that is run before its kernel is there asks for one, in a dialog
+        kernels = [s["kernel"] for s in json.loads(get(lab["url"] + "api/sessions", lab["token"])[2]) if s["path"] == name]
+        if any(k["execution_state"] == "idle" and k["connections"] for k in kernels): break
+        page.wait_for_timeout(250)
     for _ in range(20):  # a lab that is still settling takes the focus away, and the keys go nowhere
+        if (dialog := page.locator(".jp-Dialog .jp-mod-accept")).count(): dialog.click()
         page.click(".jp-Notebook .jp-Cell .cm-content >> nth=0")
         page.keyboard.press("Shift+Enter")
         page.wait_for_timeout(2000)
