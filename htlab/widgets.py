@@ -404,7 +404,8 @@ class FilterBench(Bench):
     def _segment(self, image):
         "Lesion or not, of grey values (H, W) 0 to 255"
         import torch
-        return self.task.predict({"image": torch.as_tensor(image, dtype=torch.float32).div(255).expand(1, 3, -1, -1)})[0].argmax(0).numpy() == 1
+        x = torch.as_tensor(image, dtype=torch.float32, device=next(self.task.parameters()).device)
+        return self.task.predict({"image": x.div(255).expand(1, 3, -1, -1)})[0].argmax(0).cpu().numpy() == 1
 
     def follow(self, values, turned):
         if "preset" in turned and values["preset"] in PRESETS and not any(k.startswith("ring_") for k in turned): values |= {f"ring_{i}": v for i, v in enumerate(PRESETS[values["preset"]])}
@@ -426,9 +427,9 @@ class FilterBench(Bench):
 
         def behind(module, args, out):
             tokens = out[0] if isinstance(out, tuple) else out
-            maps["before"] = tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+            maps["before"] = tokens[:, prefix:].transpose(1, 2).unflatten(2, grid).cpu()
             maps["after"] = self.ring(maps["before"])
-            tokens = torch.cat([tokens[:, :prefix], maps["after"].flatten(2).transpose(1, 2)], 1)
+            tokens = torch.cat([tokens[:, :prefix], maps["after"].flatten(2).transpose(1, 2).to(tokens)], 1)
             return (tokens, *out[1:]) if isinstance(out, tuple) else tokens
 
         hook = task.backbone.blocks[block].register_forward_hook(behind)
@@ -436,7 +437,7 @@ class FilterBench(Bench):
         finally: hook.remove()
         plain, by_image = self._plain(scene, interference), self._segment(filtered)
         dice = {name: case_metrics(m, true)["dice"] for name, m in (("plain", plain), ("image", by_image), ("tokens", by_tokens))}
-        before, after = (m[0].square().mean(0).sqrt().numpy() for m in maps.values())
+        before, after = (m[0].float().square().mean(0).sqrt().numpy() for m in maps.values())
         low = before.min() / 2
         lines = {name: radial_spectrum(i) for name, i in (("before", image), ("after", filtered))}
         return {"response": dict(traces={"H": dict(x=np.linspace(0, math.sqrt(.5), RINGS), y=np.array(list(rings.values())), kind="line")}, x="cycles per pixel, or per token", y="H", ylim=(-.1, 2.1), title=f"response: {preset}"),
@@ -492,6 +493,7 @@ class DriftBench(Bench):
         self.backbone, self.given = backbone or _adapted(pairs, epochs, progress), (["backbone"] if backbone else [f"pairs={pairs}", f"epochs={epochs}"]) + [f"cases={cases}"]
         if not backbone: self.title += f": the tiny tower, and adapters trained for {epochs} epochs on {pairs} simulated image-caption pairs of each class"
         data = ImageSet(Manifest.load("phantom").split("test"), self.backbone.size[0], progress=progress)
+        if not 10 <= cases <= len(data): raise ValueError(f"cases={cases!r}: a number from 10 to {len(data)}, the simulated test images")
         self.labels = np.array([data.row(i)["label"] for i in range(cases)])
         self.cloud = self._embed(np.stack([data.pixels(i)[0] for i in range(cases)]))
         self.plane = {k: PCA(2).fit(e) for k, e in self.cloud.items()}
@@ -503,8 +505,8 @@ class DriftBench(Bench):
         "Embeddings (N, E) of grey images (N, H, W), without and with the adapters."
         import torch
         from htlab.inject import disabled
-        x = torch.from_numpy(images)[:, None].float().div(255).expand(-1, 3, -1, -1)
-        def of(x): return torch.cat([self.backbone.embed_image(part) for part in x.split(40)]).numpy()
+        x = torch.from_numpy(images).to(next(self.backbone.parameters()).device)[:, None].float().div(255).expand(-1, 3, -1, -1)
+        def of(x): return torch.cat([self.backbone.embed_image(part) for part in x.split(40)]).float().cpu().numpy()
         with torch.no_grad():
             with disabled(self.backbone): frozen = of(x)
             return {"frozen": frozen, "adapted": of(x)}
