@@ -71,7 +71,7 @@ def jupyterlab(home, folder="nbs"):
     server = subprocess.Popen(["sh", "-c", command], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(240):
-            if (facts := next((home / "JUPYTER_RUNTIME_DIR").glob("jpserver-*.json"), None)) or server.poll() is not None: break
+            if (facts := next((home / "JUPYTER_RUNTIME_DIR").glob("jpserver-*.json"), None)) and facts.read_text().rstrip().endswith("}") or server.poll() is not None: break  # a file half written is none
             time.sleep(0.25)
         assert facts, f"JupyterLab did not start:\n{command}\n{(home / 'log').read_text()[-3000:]}"
         yield json.loads(facts.read_text())
