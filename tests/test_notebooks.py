@@ -11,6 +11,10 @@ SMOKE = {
     "api/01d_quality": dict(seeds=20),
     "api/01e_spectrum": dict(seeds=20),
     "api/06a_response": dict(epochs=1, trained=16, scenes=6, draws=50),
+    "api/11_embed": dict(scenes=40),
+    "api/11a_projection": dict(scenes=100, seeds=2),
+    "api/15a_explorer": dict(pairs=10, epochs=1),
+    "api/15b_viewer": dict(shots=30, limit=8, masks=5),
     "lessons/00_adapt_clip": dict(scenes=40, pairs=10, epochs=1),
     "lessons/01_what_is_speckle": dict(patterns=4),
     "lessons/02_seeing_spectra": dict(patterns=4),
@@ -28,6 +32,7 @@ SMOKE = {
     "experiments/ablation": dict(adapters="none,mona", seeds="1,2", shots="0", limit=4, epochs=1),
     "experiments/demo": dict(limit=16, pair_epochs=1, epochs=1, frozen_epochs=1),
     "experiments/speckle": dict(limit=2),
+    "experiments/embed": dict(limit=10, k=2, epochs=1, projection="pca"),
     "experiments/tiny": dict(images=128, check=40, dial_images=0, out=""),
 }
 
@@ -59,7 +64,7 @@ def test_smoke_names_pages():
 
 
 def test_templates_take_the_same_parameters():
-    "One command line, five templates: the names and kinds of the parameters, in one order; defaults may differ."
+    "One command line, seven templates: the names and kinds of the parameters, in one order; defaults may differ, and two have some of their own before the last."
     from htlab.report import template_parameters
-    one, *others = ({k: type(v) for k, v in template_parameters(t).items()} for t in ("segment", "classify", "contrast", "zero_shot", "retrieve"))
-    assert len(one) > 30 and all(list(one.items()) == list(o.items()) for o in others)
+    one, *others = ([(k, type(v)) for k, v in template_parameters(t).items()] for t in ("segment", "classify", "contrast", "zero_shot", "retrieve", "embed", "attribute"))
+    assert len(one) > 30 and all(o[:len(one) - 1] + o[-1:] == one and (len(o) == len(one)) == (i < 4) for i, o in enumerate(others))
