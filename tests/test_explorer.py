@@ -171,8 +171,8 @@ def test_file_holds_the_maps_and_the_pictures_and_runs_no_text(tmp_path):
 
 
 def base_scripts():
-    from plotly.offline import get_plotlyjs
-    return get_plotlyjs()
+    from htlab.explorer import PLOTLY
+    return PLOTLY.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("limit", [.0005, .002, 8])
