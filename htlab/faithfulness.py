@@ -24,7 +24,7 @@ from scipy.stats import rankdata
 from torch import nn
 from tqdm import tqdm
 
-from .attribute import BASELINES, METHODS, attribute, baseline_of, text_scorer
+from .attribute import BASELINES, METHODS, attribute, baseline_of, full_heat, text_scorer
 from .evaluate import Summary, summarise
 
 # %% ../nbs/api/12a_faithfulness.ipynb #b0d2db77
@@ -583,8 +583,8 @@ class Card:
         for ax, (name, h) in zip(axes, [("image", None), *self.heat.items()]):
             ax.imshow(self.image, cmap="gray", vmin=0, vmax=1); ax.set(xticks=[], yticks=[]); ax.set_title(name.replace("_", " "), fontsize=9)
             if h is not None:
-                top, s = np.abs(h).max() or 1, self.table.loc[name]
-                ax.imshow(h, cmap="RdBu_r", vmin=-top, vmax=top, alpha=alpha * np.abs(h) / top, interpolation="nearest")
+                top, s = full_heat(h), self.table.loc[name]
+                ax.imshow(h, cmap="RdBu_r", vmin=-top, vmax=top, alpha=alpha * np.minimum(np.abs(h) / top, 1), interpolation="nearest")
                 ax.set_xlabel("\n".join(f"{k} {s[v]:{f}}" for k, v, f in (("deletion", "deletion_gain", "+.3f"), ("insertion", "insertion_gain", "+.3f"), ("infidelity", "infidelity", ".2f"), ("in lesion", "mass_ratio", ".1f")) if s[v] == s[v]), fontsize=8)
             if self.mask is not None and self.mask.any(): ax.contour(self.mask, [.5], colors="#00e676", linewidths=1)
         if self.title: fig.suptitle(self.title, fontsize=10)
