@@ -201,11 +201,12 @@ class Bench:
     def static(self):  # matplotlib figure
         "The static twin: the pictures as they are now, in one figure"
         width = [p.width for p in self.pictures.values()]
-        fig, axes = plt.subplots(1, len(width), figsize=(sum(width), 3.2), dpi=72, width_ratios=width, layout="constrained", squeeze=False)
+        titles = [fill(self.data[name].get("title", name), int(p.width * 13)) for name, p in self.pictures.items()]
+        fig, axes = plt.subplots(1, len(width), figsize=(sum(width), 2.84 + .18 * max(2, *(t.count("\n") + 1 for t in titles))), dpi=72, width_ratios=width, layout="constrained", squeeze=False)
         plt.close(fig)
-        for ax, (name, picture) in zip(axes[0], self.pictures.items()):
+        for ax, title, (name, picture) in zip(axes[0], titles, self.pictures.items()):
             picture.draw(ax, self.data[name])
-            ax.set_title(fill(self.data[name].get("title", name), int(picture.width * 13)), fontsize=9)
+            ax.set_title(title, fontsize=9)
         fig.suptitle(self.title, fontsize=10, weight="bold")
         fig.supxlabel(self.call, fontsize=8, family="monospace", color=".35")
         return fig
