@@ -25,12 +25,23 @@ MAPS = {"input_x_gradient", "relevance"}  # grad_cam is asked for the last block
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def opened(tmp_path_factory):
     "The viewer on the screen, between two cells."
     if not shutil.which("make"): pytest.skip("no make on this machine")
     home, folder = tmp_path_factory.mktemp("jupyter"), tmp_path_factory.mktemp("notebooks")
     write_notebook(folder / "viewer.ipynb", CELL, "1", "2")
     with jupyterlab(home, folder) as lab, chromium() as browser: yield run_bench(browser, lab, "viewer.ipynb")
+
+
+@pytest.fixture
+def page(opened):
+    "The viewer as it was at first, with the focus: tests may run in any order, and in several workers."
+    opened.click(".htlab-reset")
+    quiet(opened)
+    opened.select_option(".htlab-contour select", label="off")
+    quiet(opened)
+    opened.click("img.htlab-image")
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +66,6 @@ def press(page, *keys):
 
 def test_arrows_change_the_case_and_leave_the_notebook_alone(page, data):
     assert np.array_equal(pixels(page, "image"), data.pixels(0)[0])
-    page.click("img.htlab-image")
     assert active_cell(page) == 0
     assert press(page, "ArrowRight") >= {"image"} | MAPS and np.array_equal(pixels(page, "image"), data.pixels(1)[0])
     press(page, "ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight")
@@ -88,7 +98,7 @@ def test_a_slider_keeps_its_own_arrows(page):
     before = int(page.inner_text(".htlab-case .widget-readout"))
     slider(page, "opacity").press("ArrowRight")
     quiet(page)
-    assert int(page.inner_text(".htlab-case .widget-readout")) == before and "opacity=0.05" in call(page)
+    assert int(page.inner_text(".htlab-case .widget-readout")) == before and "opacity=0.75" in call(page)
     slider(page, "case").press("ArrowRight")
     quiet(page)
     assert int(page.inner_text(".htlab-case .widget-readout")) == before + 1
@@ -101,8 +111,6 @@ def test_a_refusal_stands_in_its_own_panel(page):
 
 
 def test_a_filter_and_the_buttons(page, data):
-    page.click(".htlab-reset")
-    quiet(page)
     page.select_option(".htlab-show select", label="malignant")
     malignant, seen = [i for i in range(12) if data.rows[i]["label"] == "malignant"], []
     for _ in malignant:
