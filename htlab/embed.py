@@ -28,6 +28,16 @@ from .store import clear, keep
 # %% ../nbs/api/11_embed.ipynb #f08728d4
 def _content(vectors, rows, kind, model): return hashlib.sha256(b"\0".join([vectors.tobytes(), rows, kind.encode(), model.encode()])).hexdigest()
 
+def _put(path, data):
+    "Bytes into a file: aside first, then renamed."
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    finally: aside.unlink(missing_ok=True)
+    return path
+
 @dataclass(frozen=True, eq=False)
 class Embeddings:
     "Vectors with the rows they belong to. `where` picks rows, `save` and `load` keep them in a file."
@@ -64,13 +74,7 @@ class Embeddings:
              path  # of the .safetensors to write (aside first, then renamed)
              ) -> Path:
         "Vectors and rows in one safetensors file."
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            aside.write_bytes(save(dict(vectors=self.vectors, rows=np.frombuffer(self._rows_json(), np.uint8)), dict(format="htlab-embeddings-1", kind=self.kind, model=self.model, key=self.key)))
-            os.replace(aside, path)
-        finally: aside.unlink(missing_ok=True)
-        return path
+        return _put(path, save(dict(vectors=self.vectors, rows=np.frombuffer(self._rows_json(), np.uint8)), dict(format="htlab-embeddings-1", kind=self.kind, model=self.model, key=self.key)))
 
     @classmethod
     def load(cls,

@@ -272,7 +272,7 @@ _CSS = """
 
 # %% ../nbs/api/15a_explorer.ipynb #82c3e3d1
 PLOTLY = Path(htlab.__file__).parent / "assets" / "plotly-gl2d.min.js"
-"plotly.js 3.7.0, two dimensions only (MIT licence, beside it); the whole of it takes a browser three times as long to read"
+"plotly.js 3.7.0, two dimensions only (MIT licence, beside it); the whole is three times as large"
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@
 __all__ = ['neighbours_of', 'neighbour_overlap', 'Projection', 'project']
 
 # %% ../nbs/api/11a_projection.ipynb #ba0aa646
-import hashlib, json, os
+import hashlib, json
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from .embed import Embeddings
+from .embed import Embeddings, _put
 
 # %% ../nbs/api/11a_projection.ipynb #d189f39e
 def neighbours_of(
@@ -92,14 +92,9 @@ class Projection:
              path  # of the .safetensors to write (aside first, then renamed)
              ) -> Path:
         "Coordinates and scores in one safetensors file."
-        path, xy = Path(path), np.ascontiguousarray(self.xy, np.float32)
+        xy = np.ascontiguousarray(self.xy, np.float32)
         meta = dict(method=self.method, seeds=list(self.seeds), trustworthiness=np.asarray(self.trustworthiness).tolist(), overlap=np.asarray(self.overlap).tolist(), agreement=float(self.agreement), settings=self.settings)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            aside.write_bytes(save(dict(xy=xy), dict(format="htlab-projection-1", about=json.dumps(meta), sha256=hashlib.sha256(xy.tobytes()).hexdigest())))
-            os.replace(aside, path)
-        finally: aside.unlink(missing_ok=True)
-        return path
+        return _put(path, save(dict(xy=xy), dict(format="htlab-projection-1", about=json.dumps(meta), sha256=hashlib.sha256(xy.tobytes()).hexdigest())))
 
     @classmethod
     def load(cls,
