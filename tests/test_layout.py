@@ -13,7 +13,7 @@ IMPORTS = {m: set(names.split()) for m, names in {
     "show": "", "speckle": "", "probe": "speckle", "differentiable": "speckle", "envelope": "", "quality": "", "spectrum": "", "manifest": "", "source": "manifest", "importers": "manifest source", "dicom": "source", "generic": "manifest source importers dicom", "fetch": "manifest source",
     "audit": "show manifest source", "store": "manifest", "dataset": "manifest speckle store", "backbone": "", "adapter": "", "inject": "backbone adapter", "response": "speckle spectrum backbone adapter inject",
     "head": "", "task": "inject backbone head", "train": "", "evaluate": "", "embed": "backbone store", "projection": "embed", "gap": "quality evaluate", "attribute": "backbone inject task", "faithfulness": "evaluate attribute",
-    "report": "show manifest train evaluate", "grid": "report"}.items()}
+    "launch": "train", "hierarchy": "evaluate", "record": "", "report": "show manifest train evaluate record", "study": "show evaluate hierarchy report", "rerun": "evaluate report", "grid": "report"}.items()}
 ANYTHING = {"widgets", "explorer", "viewer", "cli"}
 
 FILES = repo_files()
