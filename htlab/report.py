@@ -351,7 +351,8 @@ def to_html(nb, title: str) -> str:  # an executed notebook (nbformat); the page
 
 # %% ../nbs/api/13_report.ipynb #08943dde
 class RunFailed(RuntimeError):
-    "A cell of a template raised; the message is the cell's own."
+    "A cell of a template raised; the message is the cell's own. `cause`: error, memory (it ran out) or died (its process is gone)."
+    cause = "error"
 
 class RunBusy(RuntimeError):
     "Another process is at work on this run."
@@ -370,14 +371,18 @@ def _terminal(stream, every=30):
             with contextlib.suppress(OSError, ValueError): stream.flush()
     return Out()
 
-def _papermill(source, out: Path, params: dict, progress: bool):
-    "Run a notebook (nbformat) with parameters in a kernel of this very Python."
+def _failed(cause, text):
+    e = RunFailed(text); e.cause = cause
+    return e
+
+def _papermill(source, out: Path, params: dict, progress: bool, kernels=None):
+    "Run a notebook (nbformat) with parameters in a kernel of this very Python; kernels: a kind of AsyncKernelManager that starts them."
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     import logging, warnings
     import nbformat, papermill
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    class ThisPython(AsyncKernelManager):
+    class ThisPython(kernels or AsyncKernelManager):
         kernel_spec = property(lambda self: KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"], language="python",
             display_name="this Python", env={"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore::FutureWarning"}))
     headings = {}
@@ -396,10 +401,11 @@ def _papermill(source, out: Path, params: dict, progress: bool):
                                        kernel_manager_class=ThisPython, on_cell_start=starts, **kw)
         except papermill.PapermillExecutionError as e:
             said = (e.evalue.strip() or e.ename).splitlines()[0]
-            raise RunFailed(f"{said} [{e.ename} in cell {e.exec_count}; the traceback is in {out}]") from None
+            memory = e.ename in ("MemoryError", "OutOfMemoryError") or "out of memory" in said.lower() or "can't allocate memory" in said.lower()
+            raise _failed("memory" if memory else "error", f"{said} [{e.ename} in cell {e.exec_count}; the traceback is in {out}]") from None
         except Exception as e:
             if type(e).__name__ != "DeadKernelError": raise
-            raise RunFailed(f"the notebook's process died (out of memory?); run the same command again to go on from the last checkpoint; what it had is in {out}") from None
+            raise _failed("died", f"the notebook's process died (out of memory?); run the same command again to go on from the last checkpoint; what it had is in {out}") from None
     nb = _clean(nbformat.read(out, 4))
     _write(out, nbformat.writes(nb))
     return nb
@@ -413,13 +419,17 @@ def execute(template: str | Path,  # name of a template, or path of a .ipynb
     "Run a template and return its run folder; the same configuration again finds the finished one, a killed one goes on."
     return _execute(*_plan(template, params, runs), runs, again, progress)
 
+def _ran_with(work):
+    try: return json.loads((work / "plan.json").read_text(encoding="utf-8")).get("ran_with", {})
+    except (OSError, ValueError): return {}
+
 def _found(p, final):
     done = RunFolder(final)
     if done.config.get("hash") != p["hash"]: raise ValueError(f"{final} was made by another configuration with the same beginning of its hash; move it away")
     done.found = True
     return done
 
-def _execute(p, notebook, runs, again, progress):  # p, notebook: as planned; what happens to the template meanwhile does not matter
+def _execute(p, notebook, runs, again, progress, kernels=None, changes=None):  # p, notebook: as planned; what happens to the template meanwhile does not matter; changes: parameters that lead to the same result, such as smaller batches in one update
     from filelock import FileLock, Timeout
     final, work = Path(runs) / p["name"], Path(runs) / ".partial" / p["name"]
     if final.exists() and not again: return _found(p, final)
@@ -434,12 +444,12 @@ def _execute(p, notebook, runs, again, progress):  # p, notebook: as planned; wh
             try:
                 with FileLock(work / "kernel.lock").acquire(timeout=15): pass
             except Timeout: raise RunBusy(f"a notebook process of {p['name']} is still alive; stop it first") from None
-        if again: shutil.rmtree(work, ignore_errors=True)
+        if again or _ran_with(work) != (changes or {}): shutil.rmtree(work, ignore_errors=True)  # a checkpoint belongs to its batch size
         work.mkdir(exist_ok=True)
         if progress: sys.stderr.write(f"{p['name']}{' (goes on from its checkpoint)' if (work / 'last.ckpt').exists() else ''}\n")
         started = time.time()
-        _write(work / "plan.json", _json(p | dict(started=time.strftime("%Y-%m-%dT%H:%M:%S"))))
-        nb = _papermill(notebook, work / "notebook.ipynb", p["parameters"] | dict(run_dir=str(work)), progress)
+        _write(work / "plan.json", _json(p | dict(started=time.strftime("%Y-%m-%dT%H:%M:%S")) | (dict(ran_with=changes) if changes else {})))
+        nb = _papermill(notebook, work / "notebook.ipynb", p["parameters"] | (changes or {}) | dict(run_dir=str(work)), progress, kernels)
         missing = [f for f in REQUIRED[:4] if not (work / f).is_file()]
         if missing: raise RunFailed(f"{p['template']} ended without writing {', '.join(missing)}: a template ends with run.save(cases, history, metrics)")
         config = json.loads((work / "config.json").read_text(encoding="utf-8"))
@@ -458,6 +468,23 @@ def _execute(p, notebook, runs, again, progress):  # p, notebook: as planned; wh
     return done
 
 # %% ../nbs/api/13_report.ipynb #fea813b6
+def _plan_all(template, many, runs) -> list:  # of (plan, notebook), one for each dict of parameters
+    once = functools.cache(lambda f, *a: f(*a))  # weights and tables are read once, not once for each run
+    todo, seen = [_plan(template, p, runs, once) for p in many], set()
+    for p, _ in todo:
+        if p["name"] in seen: raise ValueError(f"two combinations are the same run, {p['name']}: give each value once")
+        seen.add(p["name"])
+    return todo
+
+def _note_sweep(plans, runs, **more) -> str:  # its name; `find_runs` reads the file
+    from filelock import FileLock
+    names = [p["name"] for p in plans]
+    name = f"sweep-{_sha(*names)[:8]}"
+    (Path(runs) / ".partial").mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(runs) / ".partial" / f"{name}.lock"):
+        _write(Path(runs) / f"{name}.json", _json(dict(sweep=name, template=plans[0]["template"]) | more | dict(runs=names)))
+    return name
+
 def sweep(template: str | Path,  # name of a template, or path of a .ipynb
           params: dict | None = None,  # parameters of all runs
           each: dict | None = None,  # name -> values: every combination is one run, the last name moves fastest
@@ -469,18 +496,11 @@ def sweep(template: str | Path,  # name of a template, or path of a .ipynb
     Finished ones are found; one that another process is running is looked for again at the end, so that two terminals can share a sweep.
     Errors: RunFailed at the end, if any failed; the others are finished then. The names go to runs/sweep-HASH.json.
     """
-    from filelock import FileLock
     params, each = params or {}, {k: list(v) if isinstance(v, (list, tuple, range)) else [v] for k, v in (each or {}).items()}
     if twice := [k for k in each if k in params]: raise ValueError(f"{twice[0]} is given for all runs and for each")
     if empty := [k for k in each if not each[k]]: raise ValueError(f"each {empty[0]}: no values")
-    once = functools.cache(lambda f, *a: f(*a))  # weights and tables are read once, not once for each run
-    todo = [_plan(template, params | dict(zip(each, v)), runs, once) for v in itertools.product(*each.values())]
-    names = [p["name"] for p, _ in todo]
-    if twice := [n for n in names if names.count(n) > 1]: raise ValueError(f"two combinations are the same run, {twice[0]}: give each value once")
-    name = f"sweep-{_sha(*names)[:8]}"
-    (Path(runs) / ".partial").mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(runs) / ".partial" / f"{name}.lock"):
-        _write(Path(runs) / f"{name}.json", _json(dict(sweep=name, template=todo[0][0]["template"], parameters=params, each=each, runs=names)))
+    todo = _plan_all(template, [params | dict(zip(each, v)) for v in itertools.product(*each.values())], runs)
+    names, name = [p["name"] for p, _ in todo], _note_sweep([p for p, _ in todo], runs, parameters=params, each=each)
     done, failed, spent, told = {}, {}, [], set()
     def say(text): progress and print(text, flush=True)
     while queue := [t for t in todo if t[0]["name"] not in done | failed]:
