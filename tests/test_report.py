@@ -317,7 +317,7 @@ def test_a_report_names_licence_citation_protocol_and_look(tmp_path):
 def instant(toy, monkeypatch):
     "The template's code without a kernel; counts what was computed."
     made, one = Counter(), threading.Lock()
-    def papermill(source, out, params, progress):
+    def papermill(source, out, params, progress, kernels=None):
         made[Path(params["run_dir"]).name] += 1
         try:
             with one: exec(source.cells[-1].source, dict(params))
@@ -390,7 +390,7 @@ def test_a_run_of_another_process_is_passed_over_and_looked_for_at_the_end(insta
 def test_a_template_edited_during_a_sweep_changes_nothing(instant, monkeypatch):
     toy, made = instant
     papermill = report._papermill
-    def edits(*a): template(toy, "raise SystemExit"); return papermill(*a)
+    def edits(*a): template(toy, "raise SystemExit"); return papermill(*a[:4])
     monkeypatch.setattr(report, "_papermill", edits)
     assert len(sweep(toy, {}, {"seed": [1, 2]}, progress=False)) == 2
 
