@@ -49,6 +49,15 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--again", action="store_true", help="compute even if this configuration is finished; replaces it when done")
     run.add_argument("--parameters", action="store_true", help="list the template's parameters and their defaults, and stop")
     runs(run)
+    grid = add("sweep", "run all cells of a sweep file, several at a time; finished ones are found, killed ones go on, failed ones stop nothing")
+    grid.add_argument("file", metavar="FILE.yaml", help="template, parameters, grid or list, seeds (see the README)")
+    grid.add_argument("-p", action="append", metavar="NAME=VALUE", help="a parameter of all cells, over that of the file; may be repeated")
+    grid.add_argument("--dry-run", action="store_true", help="list the cells, what is finished and an estimate of the time, and stop")
+    grid.add_argument("--workers", type=int, default=0, metavar="N", help="cells side by side on this machine (default: one per GPU, without GPUs one for two cores)")
+    grid.add_argument("--scheduler", default="", metavar="ADDRESS", help="a running Dask cluster that shares this folder, such as tcp://host:8786")
+    grid.add_argument("--cluster", default="", metavar="FILE.yaml", help="workers from a batch system: kind (slurm, pbs, sge ...), jobs and options of dask-jobqueue")
+    grid.add_argument("--cold", action="store_true", help="start each notebook's process anew instead of forking it from one that has imported torch")
+    runs(grid)
     compare = add("compare", "put runs side by side, with paired differences from the first; runs that differ only in their seed count as one")
     compare.add_argument("run", nargs="+", help="paths, names, or beginnings of names, of runs or of sweeps")
     compare.add_argument("--base", default="", metavar="NAME=VALUE", help="compare each with the one that has this value and else the same settings, such as adapter=none")
@@ -115,6 +124,18 @@ def _sweep(args):
         for values in itertools.product(*each.values()): check_parameters(args.template, given | dict(zip(each, values)))
     except (ValueError, FileNotFoundError) as e: raise Usage(str(e)) from e
     sweep(find_template(args.template), given, each, runs=args.runs)
+
+def _grid(args):
+    from htlab.grid import default_workers, load_sweep, run_sweep
+    if args.scheduler and args.cluster: raise Usage("--scheduler and --cluster exclude each other")
+    if args.workers < 0: raise Usage(f"--workers {args.workers}: expected a number from 1")
+    if args.workers and (args.scheduler or args.cluster): raise Usage("--workers is for this machine; a cluster has its own")
+    try: sweep = load_sweep(args.file, args.runs, parse_assignments(args.p))
+    except (ValueError, FileNotFoundError) as e: raise Usage(_one_line(e)) from e
+    if args.dry_run:
+        print(f"{sweep.table.to_string()}\n{len(sweep.cells)} cells of {sweep.template.stem}: {sweep.estimate(args.workers or default_workers())}")
+        return
+    run_sweep(sweep, workers=args.workers, scheduler=args.scheduler, cluster=args.cluster, warm=not args.cold)
 
 def _demo(args):
     import pandas as pd
@@ -240,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:  # arguments without 'htlab'; No
             args = (p := parser()).parse_args(argv)
             if args.version: _version()
             elif args.command is None: p.print_help(); return 2
-            else: dict(run=_run, compare=_compare, data=_data, ledger=_ledger, demo=_demo, backbones=_backbones, version=_version)[args.command](args)
+            else: dict(run=_run, sweep=_grid, compare=_compare, data=_data, ledger=_ledger, demo=_demo, backbones=_backbones, version=_version)[args.command](args)
             sys.stdout.flush()
             return 0
         except BrokenPipeError:  # htlab ... | head
