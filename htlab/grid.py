@@ -191,7 +191,7 @@ def _cell(job: dict) -> dict:  # template, plan, runs, changes, timeout, stop, t
         cause = why[0] if why else "memory" if e.cause == "died" and _oom_kills() > killed else e.cause
         said = f"took longer than timeout={job['timeout']:g} s" if cause == "timeout" else str(e)
         out = dict(state="stopped" if cause == "stopped" else "failed", cause=cause, said=said)
-    except Exception as e: out = dict(state="failed", cause="error", said=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+    except Exception as e: out = dict(state="failed", cause="died" if isinstance(e, (EOFError, ConnectionError)) else "error", said=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
     finally: over.set()
     return out | dict(seconds=round(time.time() - began, 2))
 
@@ -301,8 +301,8 @@ def default_workers() -> int:
     "One per GPU; without GPUs one for two cores."
     return len(find_gpus()) or max(1, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 2) // 2)
 
-def _jobs(path):
-    "A cluster of dask-jobqueue from a YAML file: kind, jobs, options."
+def _jobs(path, shared):
+    "A cluster of dask-jobqueue from a YAML file: kind, jobs, options; shared: a folder that all see, for its certificates."
     import dask_jobqueue, yaml
     try: said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as e: raise ValueError(f"{path} is no YAML: {' '.join(str(e).split())[:160]}") from None
@@ -310,15 +310,15 @@ def _jobs(path):
     kinds = {n.removesuffix("Cluster").lower(): getattr(dask_jobqueue, n) for n in dir(dask_jobqueue) if n.endswith("Cluster") and n != "JobQueueCluster"} | {"local": JobsHere}
     if not isinstance(said, dict) or set(said) - {"kind", "jobs", "options"} or said.get("kind") not in kinds: raise ValueError(f"{path}: expected kind (one of {', '.join(sorted(kinds))}), jobs and options")
     if not isinstance(jobs := said.get("jobs", 1), int) or jobs < 1: raise ValueError(f"{path}, jobs: expected a whole number from 1, found {jobs!r}")
-    options = dict(processes=1, security=True, dashboard=False) | (said.get("options") or {})
-    options.pop("dashboard")
+    if not isinstance(options := said.get("options") or {}, dict): raise ValueError(f"{path}, options: expected name: value, found {options!r}")
+    options = dict(processes=1, security=True, shared_temp_directory=str(Path(shared).resolve()), scheduler_options=dict(dashboard=False)) | options
     try: cluster = kinds[said["kind"]](**options)
     except (TypeError, ValueError) as e: raise ValueError(f"{path}, options: {e}") from None
     cluster.scale(jobs=jobs)
     return cluster, jobs
 
 @contextlib.contextmanager
-def _cluster(workers, scheduler, jobs):
+def _cluster(workers, scheduler, jobs, shared):
     "A Dask client; local workers are processes of this one, one cell each at a time, with their share of the cores or a GPU of their own."
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # a killed worker is our business, and we say it in one line
     from distributed import Client, Nanny, Scheduler, Security, SpecCluster
@@ -328,8 +328,8 @@ def _cluster(workers, scheduler, jobs):
             except (OSError, TimeoutError) as e: raise OSError(f"no Dask scheduler answers at {scheduler}: start one with `dask scheduler` and workers with `dask worker {scheduler} --nthreads 1`") from None
             yield client, max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
         elif jobs:
-            cluster, n = _jobs(jobs)
-            stack.enter_context(cluster)
+            cluster, n = _jobs(jobs, shared)
+            stack.callback(cluster.close)
             yield stack.enter_context(Client(cluster, set_as_default=False)), n
         else:
             gpus, threads = find_gpus(), str(max(1, (os.cpu_count() or 1) // workers))
@@ -373,7 +373,7 @@ def run_sweep(sweep: Sweep | str | Path | dict,  # from `load_sweep`, or what it
     workers = min(workers or default_workers(), len(todo))
     from distributed.scheduler import KilledWorker
     came, pending, waiting = queue.SimpleQueue(), {}, {}
-    with _shown(board, progress) as show, _cluster(workers, scheduler, cluster) as (client, board.workers):
+    with _shown(board, progress) as show, _cluster(workers, scheduler, cluster, runs / ".partial") as (client, board.workers):
         client.subscribe_topic(name, lambda event: came.put(event[1]))
         def submit(n):
             work = runs / ".partial" / n / "plan.json"

@@ -392,7 +392,7 @@ def _papermill(source, out: Path, params: dict, progress: bool, kernels=None):
     term = _terminal(sys.stderr)
     def starts(cell, cell_index):
         if progress and (h := headings.get(cell.get("id"))): term.write(f"  {h}\n"); term.flush()
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     kw = dict(stderr_file=term) if progress else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -404,7 +404,7 @@ def _papermill(source, out: Path, params: dict, progress: bool, kernels=None):
             memory = e.ename in ("MemoryError", "OutOfMemoryError") or "out of memory" in said.lower() or "can't allocate memory" in said.lower()
             raise _failed("memory" if memory else "error", f"{said} [{e.ename} in cell {e.exec_count}; the traceback is in {out}]") from None
         except Exception as e:
-            if type(e).__name__ != "DeadKernelError": raise
+            if type(e).__name__ != "DeadKernelError" and "Kernel died" not in str(e): raise  # while it worked, or while it started
             raise _failed("died", f"the notebook's process died (out of memory?); run the same command again to go on from the last checkpoint; what it had is in {out}") from None
     nb = _clean(nbformat.read(out, 4))
     _write(out, nbformat.writes(nb))

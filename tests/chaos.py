@@ -38,17 +38,16 @@ def processes(driver) -> dict:  # of a running driver: kind -> processes
 
 def chaos(folder, cells=60, kills=20, seed=0, pause=.4, say=print) -> dict:  # what was killed, and how often the driver was started
     "Run a sweep in `folder`, and kill by SIGKILL at random, each kind in turn, until `kills` are done; then let it finish."
-    rng, killed, starts = random.Random(seed), Counter(), 0
+    rng, killed, starts, due = random.Random(seed), Counter(), 0, 1
     notebook(folder / "toy.ipynb", CODE, f"seed = 0\npause = {pause}\nrun_dir = ''")
     (folder / "sweep.yaml").write_text(f"template: toy.ipynb\nseeds: {list(range(cells))}\nretries: {{died: 9, worker: 9}}\n")
     while True:
         starts += 1
         with open(folder / f"driver-{starts}.log", "w") as log:
             driver = psutil.Popen([HTLAB, "sweep", "sweep.yaml", "--workers", "2"], cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        due = time.monotonic() + rng.uniform(4, 8)  # a driver that dies before its first cell proves little
         while driver.poll() is None:
             time.sleep(.05)
-            if time.monotonic() < due or killed.total() >= kills: continue
+            if killed.total() >= kills or len(finished(folder)) < due: continue  # spread over the whole sweep
             kind = min(("kernel", "worker", "driver"), key=lambda k: (killed[k], k))
             victims = processes(driver)[kind]
             if not victims: continue
@@ -56,7 +55,7 @@ def chaos(folder, cells=60, kills=20, seed=0, pause=.4, say=print) -> dict:  # w
             except psutil.Error: continue
             killed[kind] += 1
             say(f"{killed.total()} killed: {kind}; finished {len(finished(folder))} of {cells}")
-            due = time.monotonic() + rng.uniform(.5, 2)
+            due = cells * (killed.total() + rng.random()) / (kills + 1)
         if driver.wait() == 0: return dict(killed, starts=starts)
         if driver.returncode != -signal.SIGKILL: raise AssertionError(f"the driver failed by itself: {(folder / f'driver-{starts}.log').read_text()[-2000:]}")
 
