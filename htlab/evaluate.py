@@ -118,8 +118,8 @@ def conventions(
     return pd.DataFrame.from_dict(rows, orient='index', columns=['dice', 'iou', 'hd95', 'asd', 'nsd', 'source'], dtype=object).rename_axis('convention')
 
 # %% ../nbs/api/10_evaluate.ipynb #b44f49d7
-def _predictions(task, dataset, batch_size, device, progress):
-    "(index, probabilities on the CPU in fp32, item) of each case; the task is in eval mode meanwhile, and as before afterwards."
+def _predictions(task, dataset, batch_size, device, progress, rank=0, world=1):
+    "(index, probabilities on the CPU in fp32, item) of each case of this process; the task is in eval mode meanwhile, and as before afterwards."
     if getattr(dataset, 'augment', False): raise ValueError('the data set augments its images: evaluate with augment=False')
     if not len(dataset): raise ValueError('the data set is empty: there is no case to evaluate')
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -127,20 +127,38 @@ def _predictions(task, dataset, batch_size, device, progress):
         raise ValueError(f"device={str(device)!r}: PyTorch sees no CUDA GPU here; ask for device='auto' or device='cpu'")
     if device is not None: task.to(device)
     home = next((p.device for p in task.parameters()), torch.device('cpu'))
-    training, i = task.training, 0
+    plan = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)][rank::world]   # whole batches, so that every image meets the same neighbours as in one process
+    training = task.training
     task.eval()
     try:
-        with torch.no_grad(), tqdm(total=len(dataset), unit='case', disable=not progress) as bar:
-            for batch in DataLoader(dataset, batch_size):
+        with torch.no_grad(), tqdm(total=sum(map(len, plan)), unit='case', disable=not progress or rank > 0) as bar:
+            for rows, batch in zip(plan, DataLoader(dataset, batch_sampler=plan)):
                 p = task.predict({k: v.to(home) if torch.is_tensor(v) else v for k, v in batch.items()}).float().cpu()
                 if not torch.isfinite(p).all():
                     bad = [x for x, q in zip(batch['id'], p) if not torch.isfinite(q).all()]
                     raise ValueError(f"the task gives probabilities that are not finite for id {', '.join(bad[:5])}")
-                for j, q in enumerate(p):
+                for j, (i, q) in enumerate(zip(rows, p)):
                     yield i, q, {k: v[j] for k, v in batch.items()}
-                    i += 1
                     bar.update()
     finally: task.train(training)
+
+def _each(row, task, dataset, batch_size, device, progress):
+    "`row(i, probabilities, item)` of each case, in order. Under torch.distributed each process computes its share and all get the whole list, or the error of one."
+    dist = torch.distributed
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    mine, error = [], None
+    try: mine = [(i, row(i, p, item)) for i, p, item in _predictions(task, dataset, batch_size, device, progress, rank, world)]
+    except Exception as e:
+        if world == 1: raise
+        error = e   # the others wait for us in the gathering below
+    if world == 1: return [r for _, r in mine]
+    shares = [None] * world
+    dist.all_gather_object(shares, (mine, error and (isinstance(error, ValueError), f'{error}' if isinstance(error, ValueError) else f'{type(error).__name__}: {error}')))
+    if error: raise error
+    for r, (_, e) in enumerate(shares):
+        if e: raise (ValueError if e[0] else RuntimeError)(f'process {r}: {e[1]}')
+    return [r for _, r in sorted((x for part, _ in shares for x in part), key=lambda x: x[0])]
 
 def _who(row):
     "id, group and label of a row; a case without a group is a group of its own."
@@ -156,12 +174,11 @@ def evaluate_segmentation(
     empty: str = 'diagonal',  # policy for empty masks, see `case_metrics`
     progress: bool = True,    # a bar on stderr
 ) -> pd.DataFrame:            # a row per case: id, group, label, the metrics of `case_metrics`, policy
-    "Segment every case and measure it against the native mask (class 1 is the lesion, where it is the most probable)."
-    cases = []
-    for i, p, _ in _predictions(task, dataset, batch_size, device, progress):
+    "Segment every case and measure it against the native mask (class 1 is the lesion, where it is the most probable). Under torchrun every process calls this, computes its share and gets all rows."
+    def case(i, p, item):
         row, pred = dataset.row(i), dataset.to_native(p, i).argmax(0) == 1
-        cases.append(_who(row) | case_metrics(pred, dataset.native_mask(i), row.get('spacing_mm'), empty) | dict(policy=empty))
-    return pd.DataFrame(cases)
+        return _who(row) | case_metrics(pred, dataset.native_mask(i), row.get('spacing_mm'), empty) | dict(policy=empty)
+    return pd.DataFrame(_each(case, task, dataset, batch_size, device, progress))
 
 # %% ../nbs/api/10_evaluate.ipynb #f6a8ef4e
 def evaluate_classification(
@@ -171,11 +188,9 @@ def evaluate_classification(
     device=None,            # 'auto', 'cpu', 'cuda': move the task there first; None: where it is
     progress: bool = True,  # a bar on stderr
 ) -> pd.DataFrame:          # a row per case: id, group, label, y (index of the true class), p_0 ... p_{C-1}, pred
-    "Classify every case; the probabilities are kept."
-    cases = []
-    for i, p, item in _predictions(task, dataset, batch_size, device, progress):
-        cases.append(_who(dataset.row(i)) | dict(y=int(item['label'])) | {f'p_{c}': v for c, v in enumerate(p.tolist())} | dict(pred=int(p.argmax())))
-    return pd.DataFrame(cases)
+    "Classify every case; the probabilities are kept. Under torchrun every process calls this, computes its share and gets all rows."
+    def case(i, p, item): return _who(dataset.row(i)) | dict(y=int(item['label'])) | {f'p_{c}': v for c, v in enumerate(p.tolist())} | dict(pred=int(p.argmax()))
+    return pd.DataFrame(_each(case, task, dataset, batch_size, device, progress))
 
 # %% ../nbs/api/10_evaluate.ipynb #818cd84c
 def _draws(groups, n_boot, seed):
@@ -511,12 +526,11 @@ def dice_score(
     batch_size: int = 32,  # images in one forward pass
 ) -> float:                # mean Dice per case, 0 to 1; both empty is 1
     "Cheap validation score for segmentation, at the resolution of the network."
-    values = []
-    for _, p, item in _predictions(task, dataset, batch_size, None, False):
+    def dice(i, p, item):
         pred, true = p.argmax(0) == 1, item['mask'] == 1
         area = int(pred.sum() + true.sum())
-        values.append(2 * int((pred & true).sum()) / area if area else 1.)
-    return float(np.mean(values))
+        return 2 * int((pred & true).sum()) / area if area else 1.
+    return float(np.mean(_each(dice, task, dataset, batch_size, None, False)))
 
 def auroc_score(
     task,                  # `task.predict(batch)` -> (B, C)
@@ -533,4 +547,4 @@ def loglik_score(
     batch_size: int = 32,  # images in one forward pass
 ) -> float:                # mean log-probability of the true class (nats), 0 at best
     "Validation score for classification that still tells epochs apart when every case is ranked right."
-    return float(np.mean([math.log(max(p[item['label']].item(), 1e-12)) for _, p, item in _predictions(task, dataset, batch_size, None, False)]))
+    return float(np.mean(_each(lambda i, p, item: math.log(max(p[item['label']].item(), 1e-12)), task, dataset, batch_size, None, False)))
