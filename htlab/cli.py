@@ -58,6 +58,11 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--cluster", default="", metavar="FILE.yaml", help="workers from a batch system: kind (slurm, pbs, sge ...), jobs and options of dask-jobqueue")
     grid.add_argument("--cold", action="store_true", help="start each notebook's process anew instead of forking it from one that has imported torch")
     runs(grid)
+    again = add("rerun", "repeat a finished run from its record and say whether the metrics agree (exit code 1 if not)")
+    again.add_argument("run", help="a finished run: its name, the beginning of it, or the path of its folder")
+    again.add_argument("--tolerance", type=float, metavar="X", help="how far a metric may be off, in its unit (default: 0 on the same machine and packages without a GPU, else a tenth of half the width of its interval)")
+    again.add_argument("--anyway", action="store_true", help="repeat even if data, split, weights or files are not those of the record")
+    runs(again)
     compare = add("compare", "put runs side by side, with paired differences from the first; runs that differ only in their seed count as one")
     compare.add_argument("run", nargs="+", help="paths, names, or beginnings of names, of runs or of sweeps")
     compare.add_argument("--base", default="", metavar="NAME=VALUE", help="compare each with the one that has this value and else the same settings, such as adapter=none")
@@ -150,6 +155,13 @@ def _compare(args):
     both = compare(*[r for word in args.run for r in find_runs(word, args.runs)], base=args.base)
     print(both)
     print(f"report: {both.save(args.html or Path(args.runs) / f'compare-{both.hash[:8]}.html')}")
+
+def _rerun(args):
+    from htlab.rerun import rerun
+    if args.tolerance is not None and not 0 <= args.tolerance < float("inf"): raise Usage(f"--tolerance {args.tolerance}: expected a number from 0")
+    both = rerun(args.run, args.runs, args.tolerance, args.anyway)
+    print(f"{both}\nreport: {both.now.report}")
+    if not both.agrees: raise RuntimeError(f"{both.then.name}: its repeat does not agree")
 
 def _data(args): globals()[f"_data_{args.data}"](args)
 
@@ -261,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:  # arguments without 'htlab'; No
             args = (p := parser()).parse_args(argv)
             if args.version: _version()
             elif args.command is None: p.print_help(); return 2
-            else: dict(run=_run, sweep=_grid, compare=_compare, data=_data, ledger=_ledger, demo=_demo, backbones=_backbones, version=_version)[args.command](args)
+            else: dict(run=_run, sweep=_grid, rerun=_rerun, compare=_compare, data=_data, ledger=_ledger, demo=_demo, backbones=_backbones, version=_version)[args.command](args)
             sys.stdout.flush()
             return 0
         except BrokenPipeError:  # htlab ... | head

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 import htlab
+from .record import Meter, lock_differs, lock_hash, machine
 
 # %% ../nbs/api/13_report.ipynb #2f9e72d4
 def find_template(template: str | Path) -> Path:  # path of the notebook
@@ -162,19 +163,24 @@ def _plain(x):
 
 def _json(x) -> str: return json.dumps(_plain(x), indent=1, allow_nan=False) + "\n"
 
-def environment() -> dict:  # versions, commit, dirty, machine
-    "What the numbers were made with: versions, commit of the working tree (None outside of one), machine."
+@functools.cache
+def _versions():
     versions = {"python": platform.python_version()}
     for p in ["htlab", "torch", "torchvision", "open_clip_torch", "timm", "transformers", "peft", "segmentation-models-pytorch", "monai", "accelerate", "numpy", "scikit-learn"]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): versions[p] = importlib.metadata.version(p)
-    def git(*a):
-        try: return subprocess.run(["git", "-C", str(Path(htlab.__file__).resolve().parent), *a], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError): return None
-    status = git("status", "--porcelain")
+    return dict(versions=versions, lock_hash=lock_hash(), lock_differs=lock_differs())
+
+def environment() -> dict:  # versions, lock_hash, lock_differs, commit, dirty, machine, threads, and the older platform, processor, cpus, gpus
+    "What the numbers were made with: versions, hash of the lock and what is installed otherwise, commit of the working tree (None outside of one), machine, threads in use."
+    commit, dirty = None, None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # one call tells both; it must not take the lock from a git at work
+        said = subprocess.run(["git", "--no-optional-locks", "-C", str(Path(htlab.__file__).resolve().parent), "status", "--porcelain=v2", "--branch"], capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        commit, dirty = next((l.split()[2] for l in said if l.startswith("# branch.oid ") and l[13] != "("), None), any(l[0] != "#" for l in said)
     torch = sys.modules.get("torch")  # not imported for this: what did not load it did not use it
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch and torch.cuda.is_available() else []
-    return dict(versions=versions, commit=git("rev-parse", "HEAD"), dirty=None if status is None else bool(status), platform=platform.platform(),
-                processor=platform.processor() or platform.machine(), cpus=os.cpu_count(), gpus=gpus)
+    threads = torch.get_num_threads() if torch else int(n) if (n := os.environ.get("OMP_NUM_THREADS", "")).isdigit() else None
+    return _versions() | dict(commit=commit, dirty=dirty, machine=machine(), threads=threads, platform=platform.platform(),
+                              processor=platform.processor() or platform.machine(), cpus=os.cpu_count(), gpus=gpus)
 
 LEDGER = ("time", "run", "manifest", "n", "test", "seal") # of test_ledger.csv; test: hash of who is tested
 
@@ -201,7 +207,8 @@ class Run:
         except Timeout: raise RuntimeError(f"{self.folder.name} is being worked on by another process") from None
         plan = self.folder / "plan.json"
         self.config = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
-        self.runs, self.timings = (self.folder.parent.parent if folder else Path("runs")), {}
+        self.runs, self.timings, self.meter = (self.folder.parent.parent if folder else Path("runs")), {}, Meter().start()
+        if again := self.config.get("rerun_of"): self.runs = Path(again).parent  # it lies aside, and reads the test split of the runs it is one of
 
     def log(self, **facts):  # anything that belongs into config.json: resolved settings, hashes, the device
         "Record facts in config.json."
@@ -231,7 +238,7 @@ class Run:
         path, tested = self.runs / "test_ledger.csv", manifest.split("test")
         with FileLock(f"{path}.lock"):
             before = ledger(self.runs)
-            line = [time.strftime("%Y-%m-%dT%H:%M:%S"), self.config.get("name", "by hand"), re.sub(r"[^\w.+-]", "_", manifest.name), str(len(tested)), tested.split_hash]
+            line = [time.strftime("%Y-%m-%dT%H:%M:%S"), "rerun of " * ("rerun_of" in self.config) + self.config.get("name", "by hand"), re.sub(r"[^\w.+-]", "_", manifest.name), str(len(tested)), tested.split_hash]
             line.append(_sha(before.seal.iloc[-1] if len(before) else "", *line)[:16])
             _write(path, (path.read_text(encoding="utf-8") if len(before) else ",".join(LEDGER) + "\n") + ",".join(line) + "\n")  # a full disk must not leave half a line, which would look like an edit
         looks = int(before.test.eq(line[4]).sum()) + 1
@@ -247,7 +254,7 @@ class Run:
         elif hasattr(metrics, "to_dict"): metrics = metrics.to_dict()
         for name, t in dict(cases=cases, history=history, **tables).items(): _write(self.folder / f"{name}.csv", t.to_csv(index=False))
         _write(self.folder / "metrics.json", _json(metrics))
-        _write(self.folder / "config.json", _json(self.config | environment() | dict(timings=self.timings)))
+        _write(self.folder / "config.json", _json(self.config | environment() | dict(timings=self.timings, resources=self.meter.read())))
 
     def card(self, *manifests) -> str:  # markdown
         "Licence and citation of all images used, from the cards of their manifests; who was on which side; and the looks at the test split so far."
