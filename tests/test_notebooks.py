@@ -11,6 +11,7 @@ SMOKE = {
     "api/01d_quality": dict(seeds=20),
     "api/01e_spectrum": dict(seeds=20),
     "api/06a_response": dict(epochs=1, trained=16, scenes=6, draws=50),
+    "api/10a_hierarchy": dict(times=200),
     "api/11_embed": dict(scenes=40),
     "api/11a_projection": dict(scenes=100, seeds=2),
     "api/11b_gap": dict(seeds=12),
