@@ -127,7 +127,7 @@ class _Process:
     stdin = stdout = stderr = None
     def __init__(self, argv, env, cwd, preload):
         context = multiprocessing.get_context("forkserver")
-        os.environ["MPLBACKEND"] = env["MPLBACKEND"]  # matplotlib reads it when the server imports it
+        os.environ["MPLBACKEND"] = env.get("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # matplotlib reads it when the server imports it
         context.set_forkserver_preload(preload)
         config, main = multiprocessing.current_process()._config, sys.modules["__main__"]
         daemon = config.pop("daemon", None)  # Dask's workers are daemons, which multiprocessing forbids children; ours die with their parent

@@ -148,7 +148,7 @@ def launch(
 # %% ../nbs/api/09a_launch.ipynb #c4e080fe
 def _called(folder):
     "In each process: call what was handed over, and hand back the answer."
-    import cloudpickle
+    import cloudpickle    # what goes over is code: written a moment ago by `everywhere`, into a folder that only this user can enter
     function, args, kwargs = torch.load(Path(folder) / 'call', map_location='cpu', weights_only=False)
     torch.save(function(*args, **kwargs), Path(folder) / f"answer{os.environ['RANK']}", pickle_module=cloudpickle, pickle_protocol=5)
 
@@ -183,7 +183,7 @@ def fit_on(
 ) -> pd.DataFrame:          # the history, as of `fit`
     """`fit` in so many processes, for a notebook. In a program that torchrun started, it is `fit` itself.
 
-    The result is that of one process but for the order of summation, as long as the processes divide every batch and the task draws no random numbers while it computes (dropout does: each process has its own).
+    The result is that of one process but for the order of summation, as long as the task draws no random numbers while it computes (dropout does: each process has its own).
     Errors: those of `fit`; with several processes as LaunchFailed, whose message names the process.
     """
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1: raise ValueError(f'processes={processes!r}: expected a whole number from 1')

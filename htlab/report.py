@@ -408,8 +408,9 @@ def _papermill(source, out: Path, params: dict, progress: bool, kernels=None):
                                        kernel_manager_class=ThisPython, on_cell_start=starts, **kw)
         except papermill.PapermillExecutionError as e:
             said = (e.evalue.strip() or e.ename).splitlines()[0]
-            memory = e.ename in ("MemoryError", "OutOfMemoryError") or "out of memory" in said.lower() or "can't allocate memory" in said.lower()
-            raise _failed("memory" if memory else "error", f"{said} [{e.ename} in cell {e.exec_count}; the traceback is in {out}]") from None
+            memory = re.search(r"\b(OutOf)?MemoryError\b|out of memory|can't allocate memory", f"{e.ename} {said}", re.I)
+            died = e.ename == "LaunchFailed" and "was killed by signal" in said  # one of several processes, see 09a_launch
+            raise _failed("memory" if memory else "died" if died else "error", f"{said} [{e.ename} in cell {e.exec_count}; the traceback is in {out}]") from None
         except Exception as e:
             if type(e).__name__ != "DeadKernelError" and "Kernel died" not in str(e): raise  # while it worked, or while it started
             raise _failed("died", f"the notebook's process died (out of memory?); run the same command again to go on from the last checkpoint; what it had is in {out}") from None

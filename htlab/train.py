@@ -272,7 +272,7 @@ def fit(
         opt = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
         keeper = _Keeper(folder, task, opt, config, acc, n)
         history, best = keeper.resume()
-        share = lambda rows: np.resize(rows, math.ceil(len(rows) / world) * world)[rank::world].tolist()
+        share = lambda rows: rows[rank::world] or rows[:1]   # a process without an image computes one along, which counts for nothing
         autocast = lambda: torch.autocast(acc.device.type, torch.bfloat16, enabled=config.precision == 'bf16')
         per_epoch = len(batches(n, config, 1))
         with tqdm(total=config.epochs * per_epoch, initial=len(history) * per_epoch, unit='update',
@@ -293,10 +293,11 @@ def fit(
                     joint = len(update) * world > 1 and hasattr(task, 'joint')
                     if joint: parts = task.joint(list(parts))
                     for i, rows in enumerate(update):
+                        mine = len(rows[rank::world]) * world   # DDP takes the mean over processes, however many images each has
                         with acc.no_sync(model) if i + 1 < len(update) else nullcontext():   # gradients travel once an update
                             with autocast(): loss = model(next(parts))['loss']
-                            (loss * (world if joint else len(rows) / images)).backward()     # of a joint loss each batch has its own part of the gradient
-                        total += loss.detach().float() * len(rows)
+                            (loss * (world if joint else mine / images)).backward()     # of a joint loss each batch has its own part of the gradient
+                        total += loss.detach().float() * mine
                     if config.clip: nn.utils.clip_grad_norm_([p for g in groups for p in g['params']], config.clip)
                     opt.step()
                     bar.update()

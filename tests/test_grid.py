@@ -25,6 +25,7 @@ first = not mark.exists(); mark.touch()
 if mode == "fail": raise ValueError("told to fail\\nsecond line")
 if mode == "memory" and batch_size > 4: raise MemoryError("out of memory")
 if mode == "died" and first: os.kill(os.getpid(), signal.SIGKILL)
+if mode == "rank" and first: raise type("LaunchFailed", (RuntimeError,), {})("process 1 was killed by signal 9 (SIGKILL)")
 if mode == "slow" and first: time.sleep(100)
 run.log(gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), pid=os.getpid(), parent=os.getppid(), random=float(np.random.rand()), clean="leak" not in globals(), effective=batch_size * accumulate)
 leak = 1
@@ -112,14 +113,14 @@ def test_the_board_counts_and_tells_the_time_left(toy):
 
 def test_what_goes_wrong_in_a_cell_is_dealt_with_by_its_cause(toy, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    Path("s.yaml").write_text("template: toy.ipynb\nlist: [{mode: fail}, {mode: memory}, {mode: died}, {mode: slow}, {mode: ok}, {mode: ok, seed: 1}, {mode: ok, seed: 2}, {mode: ok, seed: 3}]\ntimeout: 12")
+    Path("s.yaml").write_text("template: toy.ipynb\nlist: [{mode: fail}, {mode: memory}, {mode: died}, {mode: slow}, {mode: rank}, {mode: ok}, {mode: ok, seed: 1}, {mode: ok, seed: 2}]\ntimeout: 12")
     s = load_sweep("s.yaml")
     with pytest.raises(RunFailed, match="1 of 8 cells failed.*told to fail"): run_sweep(s, workers=2)
     out = capsys.readouterr().out
     done = {n: RunFolder(Path("runs") / n) for n in s.names[1:]}
     events = read_ledger(next(Path("runs").glob("sweep-*.jsonl")))
     assert Counter(events[events.state == "done"].run) == Counter(s.names[1:])
-    assert {(r.cause, s.names.index(r.run)) for r in events[events.state == "again"].itertuples()} == {("memory", 1), ("died", 2), ("timeout", 3)}
+    assert {(r.cause, s.names.index(r.run)) for r in events[events.state == "again"].itertuples()} == {("memory", 1), ("died", 2), ("timeout", 3), ("died", 4)}
     less = done[s.names[1]].config
     assert less["parameters"]["batch_size"] == 12 and less["ran_with"] == {"batch_size": 3, "accumulate": 8} and {r.config["effective"] for r in done.values()} == {24}
     assert "told to fail" in Path(f"runs/.partial/{s.names[0]}/notebook.ipynb").read_text() and "about" in out and "htlab compare sweep-" in out

@@ -51,7 +51,7 @@ class Pixels(nn.Module):
 def job(folder):
     "What one process does alone or several together: train, evaluate, fail."
     segment, classify, data = Pixels(), Pixels(whole=True), Squares()
-    history = fit(segment, Squares(24), Squares(9), CONFIG, folder, score=dice_score, progress=False)
+    history = fit(segment, Squares(23), Squares(9), CONFIG, folder, score=dice_score, progress=False)
     weights = {k: v.clone() for k, v in segment.state_dict().items()}
     torch.manual_seed(1)
     with torch.no_grad(): [p.copy_(torch.randn_like(p)) for t in (segment, classify) for p in t.parameters()]    # the same for all: rows must not differ in a bit
@@ -97,7 +97,7 @@ def test_accelerate_launch(one, tmp_path):
 
 class Stop:
     "A data set that is interrupted in epoch 2."
-    def __init__(self): self.data = Squares(24)
+    def __init__(self): self.data = Squares(23)
     def __len__(self): return len(self.data)
     def set_epoch(self, epoch): self.epoch = epoch
     def __getitem__(self, i):
@@ -108,11 +108,11 @@ def test_fit_on_goes_on(one, tmp_path):
     "Stopped in epoch 2 and taken up again by two processes: the history and the weights of one, in the task that was given; another number of processes is refused."
     with pytest.raises(LaunchFailed, match=r'^process [01]: RuntimeError: stopped \[.*launch\.log\]$'): fit_on(2, Pixels(), Stop(), Squares(9), CONFIG, tmp_path, dice_score, progress=False)
     assert 'in epoch 2' in (tmp_path / 'launch.log').read_text()
-    history = fit_on(2, task := Pixels().train(), Squares(24), Squares(9), CONFIG, tmp_path, dice_score, progress=False)
+    history = fit_on(2, task := Pixels().train(), Squares(23), Squares(9), CONFIG, tmp_path, dice_score, progress=False)
     pd.testing.assert_frame_equal(history.drop(columns='seconds'), one[0].drop(columns='seconds'), rtol=0, atol=1e-6)
     assert history.attrs == pytest.approx(one[0].attrs) and not task.training and not (tmp_path / 'launch.log').exists()
     for k, v in task.state_dict().items(): torch.testing.assert_close(v, one[1][k], rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="processes=2, asked is processes=1"): fit_on(1, Pixels(), Squares(24), Squares(9), CONFIG, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="processes=2, asked is processes=1"): fit_on(1, Pixels(), Squares(23), Squares(9), CONFIG, tmp_path, progress=False)
 
 def test_segment_on_two_processes(tmp_path):
     "The template: a complete run folder, and the metrics of one process."

@@ -1,9 +1,13 @@
 """Every notebook runs from top to bottom, each under its own name, in a copy of the repository."""
 import json
+from types import SimpleNamespace
 
+import nbformat
 import papermill
 import pytest
 from conftest import ROOT
+
+from htlab.grid import imports, kernels
 
 # Long pages and templates run with these instead of their own numbers; the stored outputs come from their own.
 SMOKE = {
@@ -38,6 +42,7 @@ SMOKE = {
     "experiments/zero_shot": dict(limit=4),
     "experiments/retrieve": dict(limit=4),
     "experiments/ablation": dict(adapters="none,mona", seeds="1,2", shots="0", limit=4, epochs=1),
+    "experiments/claims": dict(claims="5b", seeds="1,2", limit=4, epochs=1),
     "experiments/demo": dict(limit=16, pair_epochs=1, epochs=1, frozen_epochs=1),
     "experiments/speckle": dict(limit=2),
     "experiments/attribute": dict(limit=4, epochs=1, explain=4, steps=3, checked=3),
@@ -54,8 +59,14 @@ NAMES = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in PAGES]
 def source(cell): return "".join(cell["source"])
 
 
+@pytest.fixture(scope="module")
+def warm():
+    "Kernels forked from a process that has imported, once, what any of the pages imports: each page still has a process of its own."
+    return kernels(imports(SimpleNamespace(cells=[c for p in PAGES for c in nbformat.read(p, 4).cells])))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_page_runs(name, copy, monkeypatch):
+def test_page_runs(name, copy, warm, monkeypatch):
     path = copy / "nbs" / f"{name}.ipynb"
     nb = json.loads(path.read_text(encoding="utf-8"))
     if any("- skip_exec: true" in source(c) for c in nb["cells"][:1]): pytest.skip("the page says skip_exec")
@@ -65,7 +76,7 @@ def test_page_runs(name, copy, monkeypatch):
     assert not unknown, f"SMOKE[{name!r}] sets {unknown}, which the page's cell tagged 'parameters' does not have"
     monkeypatch.delenv("MPLBACKEND")  # the kernel draws into the page
     monkeypatch.setenv("HTLAB_DATA", str(copy / "no-data"))  # the same on every machine, whatever was imported there
-    papermill.execute_notebook(path, copy / "out.ipynb", SMOKE.get(name, {}), cwd=path.parent, kernel_name="python3", progress_bar=False, execution_timeout=900)
+    papermill.execute_notebook(path, copy / "out.ipynb", SMOKE.get(name, {}), cwd=path.parent, kernel_name="python3", kernel_manager_class=warm, progress_bar=False, execution_timeout=900)
 
 
 def test_smoke_names_pages():
