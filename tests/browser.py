@@ -105,8 +105,8 @@ def open_notebook(browser, lab, name, timeout=120):
     return page
 
 
-def run_bench(browser, lab, name):
-    "Open a notebook of one cell, run it, and wait until its bench is on the screen and quiet."
+def run_first(browser, lab, name, shows):
+    "Open a notebook of one cell, run it, and wait until what it `shows` (a selector), or an error, is on the screen."
     page = open_notebook(browser, lab, name)
     page.evaluate(SCRIPT)
     for _ in range(240):  # a cell that is run before its kernel is there asks for one, in a dialog
@@ -119,7 +119,13 @@ def run_bench(browser, lab, name):
         page.keyboard.press("Shift+Enter")
         page.wait_for_timeout(2000)
         if page.inner_text(".jp-Notebook .jp-InputPrompt >> nth=0").strip() != "[ ]:": break
-    page.wait_for_selector(".htlab-bench .htlab-picture, .jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']")
+    page.wait_for_selector(f"{shows}, .jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']")
+    return page
+
+
+def run_bench(browser, lab, name):
+    "The page of a notebook with a bench, when the bench is there and quiet."
+    page = run_first(browser, lab, name, ".htlab-bench .htlab-picture")
     quiet(page)
     return page
 

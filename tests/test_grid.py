@@ -27,7 +27,7 @@ if mode == "memory" and batch_size > 4: raise MemoryError("out of memory")
 if mode == "died" and first: os.kill(os.getpid(), signal.SIGKILL)
 if mode == "rank" and first: raise type("LaunchFailed", (RuntimeError,), {})("process 1 was killed by signal 9 (SIGKILL)")
 if mode == "slow" and first: time.sleep(100)
-run.log(gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), pid=os.getpid(), parent=os.getppid(), random=float(np.random.rand()), clean="leak" not in globals(), effective=batch_size * accumulate)
+run.log(gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), trim=os.environ.get("MALLOC_TRIM_THRESHOLD_"), pid=os.getpid(), parent=os.getppid(), random=float(np.random.rand()), clean="leak" not in globals(), effective=batch_size * accumulate)
 leak = 1
 cases = pd.DataFrame({"id": ["a", "b"], "group": [1, 2], "dice": [.7, .5]})
 run.save(cases, pd.DataFrame({"epoch": [1]}), {"dice": {"value": .6, "lo": 0., "hi": 1., "n": 2, "groups": 2, "policy": "diagonal"}})"""
@@ -125,6 +125,7 @@ def test_what_goes_wrong_in_a_cell_is_dealt_with_by_its_cause(toy, monkeypatch, 
     assert less["parameters"]["batch_size"] == 12 and less["ran_with"] == {"batch_size": 3, "accumulate": 8} and {r.config["effective"] for r in done.values()} == {24}
     assert "told to fail" in Path(f"runs/.partial/{s.names[0]}/notebook.ipynb").read_text() and "about" in out and "htlab compare sweep-" in out
     assert {r.config["gpu"] for r in done.values()} == {"5", "6"}, "each worker has a GPU of its own"
+    assert {r.config["trim"] for r in done.values()} == {None}, "Dask's setting for its workers, which halves the speed of a training, stays with them"
     assert len({r.config["pid"] for r in done.values()}) == len({r.config["random"] for r in done.values()}) == 7 and all(r.config["clean"] for r in done.values()), "a process of its own for each"
     assert len({r.config["parent"] for r in done.values()}) == 2, "forked from two servers, one a worker"
     assert set(s.table.state) == {"begun", "finished"} and "1 to do, about" in str(s)

@@ -1,9 +1,10 @@
 """Benches in a real JupyterLab, turned by a real Chromium: which pictures change on the screen, what an error and a fast drag do, and what is left of it all in a saved file."""
 import json, shutil
 
+import chaos
 import papermill
 import pytest
-from browser import CHROMIUM, NOTEBOOKS, changed_by, chromium, get, jupyterlab, message, open_notebook, quiet, run_bench, slider, turn, write_notebook
+from browser import CHROMIUM, NOTEBOOKS, changed_by, chromium, get, jupyterlab, message, open_notebook, quiet, run_bench, run_first, slider, turn, write_notebook
 
 if not CHROMIUM: pytest.skip("no chromium on this machine (Debian and Ubuntu: sudo apt install chromium)", allow_module_level=True)
 
@@ -91,3 +92,15 @@ def test_under_papermill_the_static_twin_stands_in_its_place(tmp_path, name):
     (output,) = done["cells"][0]["outputs"]
     assert "image/png" in output["data"] and not [k for k in output["data"] if "widget" in k]
     assert "widgets" not in done["metadata"]
+
+
+def test_a_sweep_shows_how_far_it_is(open_bench):
+    "The table of `run_sweep` in JupyterLab: what runs while it runs, and all cells done at the end."
+    chaos.notebook(open_bench.folder / "toy.ipynb", chaos.CODE, "seed = 0\npause = 3\nrun_dir = ''")
+    write_notebook(open_bench.folder / "sweep.ipynb", "from htlab.grid import run_sweep\nlen(run_sweep(dict(template='toy.ipynb', seeds=[1, 2]), workers=1))")
+    page = run_first(open_bench.browser, open_bench.lab, "sweep.ipynb", ".jp-OutputArea table td:has-text('running')")
+    assert "toy-" in page.inner_text(".jp-OutputArea table")
+    page.wait_for_selector(".jp-OutputArea-executeResult:has-text('2')")
+    names, counts = ([e.inner_text() for e in page.query_selector_all(f".jp-OutputArea table tr >> nth={row} >> {cell}")] for row, cell in ((0, "th"), (1, "td")))
+    assert dict(zip(names, counts)) == dict(cells="2", done="2", found="0", running="0", failed="0", waiting="0", left="")
+    page.close()
