@@ -113,6 +113,7 @@ def _forked(argv, env, cwd):
     "In a fork of the server, with everything imported: become the kernel."
     os.setsid()  # a Ctrl-C at the terminal is for the driver
     os.environ.clear(); os.environ.update(env); os.chdir(cwd)
+    multiprocessing.set_start_method(None, force=True)  # what a notebook starts itself, such as workers of a DataLoader, starts as in any kernel
     import numpy as np
     np.random.seed()  # torch seeds itself the same in every process, numpy must not inherit one state for all
     def orphan(): multiprocessing.parent_process().join(); os._exit(1)

@@ -46,7 +46,7 @@ class _Prefixed(io.TextIOBase):
         return len(text)
     def put(self, line):
         bar = line.startswith('\r')    # a progress bar, which goes back to the start of its line
-        os.write(self.stream.fileno(), f"{chr(13) * bar}[{self.rank}] {line[bar:]}".encode())
+        os.write(self.stream.fileno(), (f"{chr(13) * bar}[{self.rank}] {line[bar:]}" if line.strip() else line).encode())
     def flush(self):
         if self.part.startswith('\r'): self.put(self.part); self.part = ''
     def close(self):

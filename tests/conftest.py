@@ -1,5 +1,5 @@
 """What every test file shares: where the repository is, which files are its own, and a quiet, offline, repeatable environment."""
-import os, shutil, subprocess, sys
+import os, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails at once
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that wait in a loop take the core from the other worker
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background ignores Ctrl-C for all below, and some tests send it
 
 settings.register_profile("htlab", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("htlab")

@@ -118,7 +118,7 @@ def test_a_meter_stops_and_goes_away():
     del lost; gc.collect()
     until = time.monotonic() + 20
     while threads() > before and time.monotonic() < until: time.sleep(.02)
-    assert threads() == before, "a meter that nobody holds is not sampled"
+    assert threads() <= before, "a meter that nobody holds is not sampled"
     with pytest.raises(ValueError, match="has not been started"): Meter().read()
     with pytest.raises(ValueError, match="every=-1"): Meter(every=-1)
 
