@@ -16,6 +16,9 @@ demo: $(READY) ## the main job on simulated ultrasound; prints the path of the r
 test: $(READY) ## every check: export and clean leave no diff, pages run, pytest (ARGS="-k name" for some)
 	@$(IN) python -m pytest $(ARGS)
 
+bench: $(READY) ## what steps, epochs and evaluations cost against plain routes (BENCH="--only step,cases" for some)
+	@$(IN) python benchmarks/speed.py $(BENCH)
+
 # the folder is nbs, so that a reader can step from a lesson to the page behind it; Jupyter's random token guards the door
 lab: $(READY) ## JupyterLab on the lessons (LABFLAGS=--no-browser over ssh)
 	@$(IN) jupyter lab --ip 127.0.0.1 --notebook-dir nbs --LabApp.default_url=/lab/tree/lessons $(if $(filter 0,$(shell id -u)),--allow-root) $(LABFLAGS)
@@ -27,7 +30,7 @@ clean: ## forget .venv and caches; runs/ stays
 	rm -rf $(VENV) _docs _proc build .cache .pytest_cache .hypothesis *.egg-info
 	find htlab tests nbs -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
-.PHONY: help demo test lab lock clean
+.PHONY: help demo test bench lab lock clean
 
 # Written last, so a half-built .venv has none; it holds the folder's name, because a moved .venv runs no more.
 ifneq ($(shell $(BIN)/python -c pass 2>/dev/null && cat $(READY) 2>/dev/null),$(CURDIR))

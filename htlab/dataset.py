@@ -393,6 +393,11 @@ class ImageSet(torch.utils.data.Dataset):
         store, j = self._at[i]
         return store[j]
 
+    def checksum(self, i: int) -> str:  # 16 hex digits
+        "Of the bytes of row i at the network's size: what is computed from them is found again by it"
+        store, j = self._at[i]
+        return store.sums[j]
+
     def native_image(self, i: int) -> np.ndarray:  # (H0, W0) uint8
         "Grey values on the native grid"
         r = self.rows[i]

@@ -14,7 +14,7 @@ import math
 import numpy as np
 import pandas as pd
 import torch
-from scipy.ndimage import binary_erosion
+from accelerate.utils import send_to_device
 from scipy.optimize import minimize_scalar
 from scipy.spatial import KDTree
 from scipy.stats import wilcoxon
@@ -40,7 +40,13 @@ def _pair(pred, true):
     if pred.shape != true.shape: raise ValueError(f'pred has shape {pred.shape}, true has {true.shape}; resample the prediction to the native image first')
     return pred, true
 
-def _contour(mask): return np.argwhere(mask & ~binary_erosion(mask))   # pixels on the image's rim belong to it
+def _contour(mask):
+    "Pixels (N, 2) with a neighbour outside, to the left, right, above or below; pixels on the image's rim belong to it. Looks only where the mask is."
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(rows): return np.empty((0, 2), int)
+    m = np.pad(mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1], 1)
+    inside = m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
+    return np.argwhere(m[1:-1, 1:-1] & ~inside) + (rows[0], columns[0])
 
 # %% ../nbs/api/10_evaluate.ipynb #3ad23f6a
 def contour_distances(
@@ -133,12 +139,12 @@ def _predictions(task, dataset, batch_size, device, progress, rank=0, world=1):
     try:
         with torch.no_grad(), tqdm(total=sum(map(len, plan)), unit='case', disable=not progress or rank > 0) as bar:
             for rows, batch in zip(plan, DataLoader(dataset, batch_sampler=plan)):
-                p = task.predict({k: v.to(home) if torch.is_tensor(v) else v for k, v in batch.items()}).float().cpu()
+                p = task.predict(send_to_device(batch, home)).float().cpu()
                 if not torch.isfinite(p).all():
                     bad = [x for x, q in zip(batch['id'], p) if not torch.isfinite(q).all()]
                     raise ValueError(f"the task gives probabilities that are not finite for id {', '.join(bad[:5])}")
                 for j, (i, q) in enumerate(zip(rows, p)):
-                    yield i, q, {k: v[j] for k, v in batch.items()}
+                    yield i, q, {k: v[j] for k, v in batch.items() if not isinstance(v, dict)}    # a frozen prefix is for the tower alone
                     bar.update()
     finally: task.train(training)
 

@@ -14,6 +14,7 @@ from torch import nn
 from .backbone import Backbone
 from .head import ClassifyHead, CoOp, LinearHead, SegmentHead, ZeroShot, from_released
 from .inject import load_released_adapters, released_state
+from .prefix import blank, resumed
 
 # %% ../nbs/api/08_task.ipynb #e4c48bfd
 def dice_ce(logits: torch.Tensor,      # (B, C, H, W)
@@ -49,12 +50,15 @@ class Task(nn.Module):
         try: return self.output(batch).float().softmax(1)
         finally: self.train(was)
 
-    def image(self, batch): return batch['image'].to(self.backbone._mean.device)
+    def image(self, batch):
+        "The images; grey ones, of which only the size counts, where their frozen prefix stands in the batch (`htlab.prefix`)."
+        return batch['image'].to(self.backbone._mean.device) if 'image' in batch else blank(self.backbone, batch['prefix'])
 
-    def tower(self, f, x, *args):
-        "f(x), without a graph when neither the tower nor x learns."
+    def tower(self, f, batch, *args):
+        "f(images of the batch), from their frozen prefix on if the batch has it; without a graph when neither the tower nor the images learn."
+        x = self.image(batch)
         learns = x.requires_grad or any(p.requires_grad for p in self.backbone.tower.parameters())
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()): return f(x, *args)
+        with resumed(self.backbone, batch.get('prefix')), torch.set_grad_enabled(learns and torch.is_grad_enabled()): return f(x, *args)
 
 def _fit(backbone, head, taps):
     "Checks a head against a backbone; -> taps, or None for a head on the embedding."
@@ -88,9 +92,8 @@ class Segment(Task):
         self.taps = _fit(backbone, self.head, taps)
 
     def output(self, batch: dict) -> torch.Tensor:   # logits (B, C, H, W)
-        x = self.image(batch)
-        guide = (x,) if getattr(self.head, 'guided', False) else ()      # a head that sharpens its map with the image asks for it
-        return self.head(self.tower(self.backbone.features, x, self.taps), x.shape[-2:], *guide)
+        guide = (self.image(batch),) if getattr(self.head, 'guided', False) else ()      # a head that sharpens its map with the image asks for it
+        return self.head(self.tower(self.backbone.features, batch, self.taps), self.backbone.size, *guide)
 
     def loss(self, output, batch): return dice_ce(output.float(), _target(batch['mask'], output, 'mask'))
 
@@ -109,11 +112,10 @@ class PromptSegment(Task):
         self._sizes, self._embedded = [len(v) for v in prompts.values()], None
 
     def output(self, batch: dict) -> torch.Tensor:   # logits (B, C, H, W)
-        x = self.image(batch)
         if self._embedded is None:               # the text tower is frozen: once is enough
             with torch.no_grad(): self._embedded = self.backbone.embed_text(self.sentences, normalize=False)
-        maps = self.tower(self.backbone.text_maps, x, self._embedded.to(x.device)).split(self._sizes, 1)
-        return F.interpolate(torch.stack([m.mean(1) for m in maps], 1).float(), x.shape[-2:], mode='bilinear', align_corners=False)
+        maps = self.tower(self.backbone.text_maps, batch, self._embedded.to(self.backbone._mean.device)).split(self._sizes, 1)
+        return F.interpolate(torch.stack([m.mean(1) for m in maps], 1).float(), self.backbone.size, mode='bilinear', align_corners=False)
 
     def loss(self, output, batch): return dice_ce(output, _target(batch['mask'], output, 'mask'))
 
@@ -128,8 +130,7 @@ class Classify(Task):
         self.taps = _fit(backbone, head, taps)
 
     def output(self, batch: dict) -> torch.Tensor:   # logits (B, C)
-        x = self.image(batch)
-        return self.head(self.tower(self.backbone.embed_image, x) if self.taps is None else self.tower(self.backbone.features, x, self.taps))
+        return self.head(self.tower(self.backbone.embed_image, batch) if self.taps is None else self.tower(self.backbone.features, batch, self.taps))
 
     def loss(self, output, batch): return F.cross_entropy(output.float(), _target(batch['label'], output, 'label'))
 
@@ -157,7 +158,7 @@ class Contrast(Task):
         if new: self._texts.update(zip(new, self.backbone.embed_text(new).float().cpu()))
         return torch.stack([self._texts[t] for t in texts]).to(self.backbone._mean.device)
 
-    def images(self, batch): return self.tower(self.backbone.embed_image, self.image(batch)).float()
+    def images(self, batch): return self.tower(self.backbone.embed_image, batch).float()
 
     def output(self, batch: dict) -> torch.Tensor:   # (B, B)
         images = self.images(batch)

@@ -11,8 +11,8 @@ from packaging.utils import canonicalize_name
 # Which modules the exported cells of a module may import. Demonstrations may use any smaller floor.
 IMPORTS = {m: set(names.split()) for m, names in {
     "show": "", "speckle": "", "probe": "speckle", "differentiable": "speckle", "envelope": "", "quality": "", "spectrum": "", "manifest": "", "source": "manifest", "importers": "manifest source", "dicom": "source", "generic": "manifest source importers dicom", "fetch": "manifest source",
-    "audit": "show manifest source", "store": "manifest", "dataset": "manifest speckle store", "backbone": "", "adapter": "", "inject": "backbone adapter", "response": "speckle spectrum backbone adapter inject",
-    "head": "", "task": "inject backbone head", "train": "", "evaluate": "", "embed": "backbone store", "projection": "embed", "gap": "quality evaluate", "attribute": "backbone inject task", "faithfulness": "evaluate attribute",
+    "audit": "show manifest source", "store": "manifest", "dataset": "manifest speckle store", "backbone": "", "adapter": "", "inject": "backbone adapter", "response": "speckle spectrum backbone adapter inject", "prefix": "backbone store",
+    "head": "", "task": "inject backbone head prefix", "train": "", "evaluate": "", "embed": "backbone store", "fewshot": "embed", "projection": "embed", "gap": "quality evaluate", "attribute": "backbone inject task", "faithfulness": "evaluate attribute",
     "launch": "train", "hierarchy": "evaluate", "record": "", "report": "show manifest train evaluate record", "study": "show evaluate hierarchy report", "rerun": "evaluate report", "grid": "report"}.items()}
 ANYTHING = {"widgets", "explorer", "viewer", "cli"}
 
