@@ -14,7 +14,7 @@ IMPORTS = {m: set(names.split()) for m, names in {
     "audit": "show manifest source", "store": "manifest", "dataset": "manifest speckle store", "backbone": "", "adapter": "", "inject": "backbone adapter", "response": "speckle spectrum backbone adapter inject", "prefix": "backbone store",
     "head": "", "task": "inject backbone head prefix", "train": "", "evaluate": "", "embed": "backbone store", "fewshot": "embed", "projection": "embed", "gap": "quality evaluate", "attribute": "backbone inject task", "faithfulness": "evaluate attribute",
     "launch": "train", "hierarchy": "evaluate", "record": "", "report": "show manifest train evaluate record", "study": "show evaluate hierarchy report", "rerun": "evaluate report", "grid": "report"}.items()}
-ANYTHING = {"widgets", "explorer", "viewer", "cli"}
+ANYTHING = {"widgets", "explorer", "viewer", "classroom", "cli"}
 
 FILES = repo_files()
 PAGES = [f for f in FILES if f.suffix == ".ipynb" and f.parts[0] == "nbs"]

@@ -169,3 +169,34 @@ def test_copies_and_workers_read_the_same_file():
     for other in (copy.copy(kept), pickle.loads(pickle.dumps(kept))):
         assert torch.equal(other.batch([2])["tokens"], kept.batch([2])["tokens"]) and len(other) == 6 and other.classes == kept.classes
     with pytest.raises(AttributeError, match="no_such"): kept.no_such
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("way", ["hybrid", "lora", "full"])
+def test_checkpointing_changes_no_number(way, kept):
+    "Gradients bit for bit, dropout included, alone and behind a kept prefix; nothing is recomputed in evaluation."
+    if way == "full" and kept: return  # no prefix
+    seed_everything(0)
+    task = Classify(adapt(load_backbone("tiny"), way, blocks="" if way == "full" else "3,4,5", init="reference"), LinearHead(128)).train()
+    torch.nn.init.normal_(task.head.readout.weight)
+    d = images(5)
+    batch = d.finish(d.batch([0, 1, 2, 3, 4]))
+    if kept: batch["prefix"] = prefix_tokens(task.backbone, batch.pop("image"), [2])
+    got, passes = [], []
+    for task.checkpoint in (False, True):
+        with_hook = task.backbone.blocks[5].register_forward_hook(lambda *_: passes.append(task.checkpoint))
+        seed_everything(1)
+        task.zero_grad()
+        task(batch)["loss"].backward()
+        task.predict(batch)
+        with_hook.remove()
+        got.append([p.grad.clone() for p in task.parameters() if p.grad is not None])
+    assert len(got[0]) == len(got[1]) > 0 and all(torch.equal(a, b) for a, b in zip(*got))
+    assert passes.count(False) == 2 and passes.count(True) == 3, "forward, again in the backward pass, and once in evaluation"
+
+
+def test_a_template_keeps_the_prefix_and_its_numbers(tmp_path):
+    from htlab.report import execute
+    given = dict(limit=3, epochs=2, blocks="4,5", taps="1,3,5", augment=False)
+    long, short = (execute("segment", given | more, tmp_path, progress=False) for more in ({}, dict(keep_gb=1., checkpoint=True)))
+    assert np.allclose(long.cases.dice, short.cases.dice, atol=2e-3) and list(long.cases.id) == list(short.cases.id) and long.name != short.name
