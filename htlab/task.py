@@ -14,7 +14,7 @@ from torch import nn
 from .backbone import Backbone
 from .head import ClassifyHead, CoOp, LinearHead, SegmentHead, ZeroShot, from_released
 from .inject import load_released_adapters, released_state
-from .prefix import blank, resumed
+from .prefix import blank, checkpointed, resumed
 
 # %% ../nbs/api/08_task.ipynb #e4c48bfd
 def dice_ce(logits: torch.Tensor,      # (B, C, H, W)
@@ -32,11 +32,13 @@ class Task(nn.Module):
 
     A subclass says `output(batch)` -> logits and `loss(output, batch)`.
     """
+    checkpoint = False    # compute the blocks that learn again in the backward pass: the same gradients, less memory, more time
+
     def __init__(self,
                  backbone: Backbone,       # frozen or with adapters
                  head: nn.Module = None):  # what turns its features into logits
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self._looks = backbone, head, 0
 
     def forward(self, batch: dict) -> dict:
         output = self.output(batch)
@@ -58,7 +60,7 @@ class Task(nn.Module):
         "f(images of the batch), from their frozen prefix on if the batch has it; without a graph when neither the tower nor the images learn."
         x = self.image(batch)
         learns = x.requires_grad or any(p.requires_grad for p in self.backbone.tower.parameters())
-        with resumed(self.backbone, batch.get('prefix')), torch.set_grad_enabled(learns and torch.is_grad_enabled()): return f(x, *args)
+        with resumed(self.backbone, batch.get('prefix')), checkpointed(self.backbone, self.checkpoint and self.training), torch.set_grad_enabled(learns and torch.is_grad_enabled()): return f(x, *args)
 
 def _fit(backbone, head, taps):
     "Checks a head against a backbone; -> taps, or None for a head on the embedding."
@@ -75,9 +77,11 @@ def _fit(backbone, head, taps):
     elif taps is not None: taps = backbone.check_taps(taps)
     return taps
 
-def _target(t, output, what):
-    "Whole numbers on the output's device, checked to be classes of it."
+def _target(task, t, output, what):
+    "Whole numbers on the output's device, checked to be classes of it; on a GPU, which has to be waited for, at the first batches only."
     t, n = t.to(output.device).long(), output.shape[1]
+    if t.is_cuda and task._looks >= 3: return t
+    task._looks += 1
     if t.min() < 0 or t.max() >= n: raise ValueError(f"{what} has values from {t.min()} to {t.max()}, the head knows classes 0 to {n - 1}")
     return t
 
@@ -92,10 +96,12 @@ class Segment(Task):
         self.taps = _fit(backbone, self.head, taps)
 
     def output(self, batch: dict) -> torch.Tensor:   # logits (B, C, H, W)
-        guide = (self.image(batch),) if getattr(self.head, 'guided', False) else ()      # a head that sharpens its map with the image asks for it
-        return self.head(self.tower(self.backbone.features, batch, self.taps), self.backbone.size, *guide)
+        guided = getattr(self.head, 'guided', False)      # a head that sharpens its map with the image asks for it
+        if guided and 'image' not in batch: raise ValueError(f'{type(self.head).__name__} looks at the image, and this batch has the frozen prefix in its place: train it without a kept prefix')
+        guide = (self.image(batch),) if guided else ()
+        return self.head(self.tower(self.backbone.features, batch, self.taps), self.image(batch).shape[-2:], *guide)
 
-    def loss(self, output, batch): return dice_ce(output.float(), _target(batch['mask'], output, 'mask'))
+    def loss(self, output, batch): return dice_ce(output.float(), _target(self, batch['mask'], output, 'mask'))
 
 # %% ../nbs/api/08_task.ipynb #04d78986
 class PromptSegment(Task):
@@ -115,9 +121,9 @@ class PromptSegment(Task):
         if self._embedded is None:               # the text tower is frozen: once is enough
             with torch.no_grad(): self._embedded = self.backbone.embed_text(self.sentences, normalize=False)
         maps = self.tower(self.backbone.text_maps, batch, self._embedded.to(self.backbone._mean.device)).split(self._sizes, 1)
-        return F.interpolate(torch.stack([m.mean(1) for m in maps], 1).float(), self.backbone.size, mode='bilinear', align_corners=False)
+        return F.interpolate(torch.stack([m.mean(1) for m in maps], 1).float(), self.image(batch).shape[-2:], mode='bilinear', align_corners=False)
 
-    def loss(self, output, batch): return dice_ce(output, _target(batch['mask'], output, 'mask'))
+    def loss(self, output, batch): return dice_ce(output, _target(self, batch['mask'], output, 'mask'))
 
 # %% ../nbs/api/08_task.ipynb #1a6eac52
 class Classify(Task):
@@ -132,7 +138,7 @@ class Classify(Task):
     def output(self, batch: dict) -> torch.Tensor:   # logits (B, C)
         return self.head(self.tower(self.backbone.embed_image, batch) if self.taps is None else self.tower(self.backbone.features, batch, self.taps))
 
-    def loss(self, output, batch): return F.cross_entropy(output.float(), _target(batch['label'], output, 'label'))
+    def loss(self, output, batch): return F.cross_entropy(output.float(), _target(self, batch['label'], output, 'label'))
 
 # %% ../nbs/api/08_task.ipynb #15e3a173
 class Contrast(Task):

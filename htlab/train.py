@@ -232,7 +232,7 @@ def _load(data, plan, config, device, epoch=0):
     loader = DataLoader(plan if whole else data, **dict(batch_size=None, collate_fn=whole) if whole else dict(batch_sampler=plan),
                         num_workers=config.workers, pin_memory=device.type == 'cuda', generator=torch.Generator().manual_seed(seed))
     finish = getattr(data, 'finish', lambda batch: batch) if whole else lambda batch: batch
-    return (finish(send_to_device(batch, device)) for batch in loader)
+    return (finish(send_to_device(batch, device, non_blocking=True)) for batch in loader)     # pinned batches travel while the GPU computes
 
 def _valid_loss(task, data, config, acc):
     "Mean loss over `data`, each process taking its share."

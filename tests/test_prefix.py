@@ -184,7 +184,7 @@ def test_checkpointing_changes_no_number(way, kept):
     if kept: batch["prefix"] = prefix_tokens(task.backbone, batch.pop("image"), [2])
     got, passes = [], []
     for task.checkpoint in (False, True):
-        with_hook = task.backbone.blocks[5].register_forward_hook(lambda *_: passes.append(task.checkpoint))
+        with_hook = task.backbone.blocks[5].register_forward_pre_hook(lambda *_: passes.append(task.checkpoint))
         seed_everything(1)
         task.zero_grad()
         task(batch)["loss"].backward()
