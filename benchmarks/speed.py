@@ -7,7 +7,7 @@ The plain routes compute what the released code computes, as METHOD describes it
 enlarged before the 1 x 1 convolution, the text of every step encoded anew. They share the weights of the fast route, and both are first shown to give the same outputs and gradients.
 Routes take turns, and the median counts. Memory is that of a process of its own which makes two steps, less what it held before the first.
 """
-import argparse, copy, math, os, platform, re, statistics, subprocess, sys, tempfile, time
+import argparse, copy, math, os, platform, re, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 
 PARTS = ("step", "segment", "contrast", "prefix", "images", "cases", "heads", "start", "slopes")
@@ -28,8 +28,10 @@ def megabytes():
 
 
 def peak():
+    "The most this process has held. Not ru_maxrss on Linux: it begins with what the parent held."
+    if sys.platform == "linux": return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e3 if sys.platform == "linux" else 1e6)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def build(args, task, adapter="hybrid", blocks=None):
@@ -214,6 +216,7 @@ def part_cases(args, say):
     import torch
     from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
     from scipy.ndimage import gaussian_filter
+    warnings.simplefilter("ignore")  # MONAI's of itself
     from htlab.evaluate import case_metrics
     rng = np.random.default_rng(0)
     def blob(at, radius):
