@@ -70,6 +70,15 @@ def blank(
     return backbone._mean.expand(len(next(iter(tokens.values()))), 3, *backbone.size)
 
 # %% ../nbs/api/06b_prefix.ipynb #67b8184e
+def _state(backbone, k):
+    "sha256 of the weights as they are, adapters among them, but for the blocks from k on: what learns is there."
+    later, h = {id(v) for b in list(backbone.blocks)[k:] for v in b.state_dict(keep_vars=True).values()}, sha256()
+    for n, v in sorted(backbone.tower.state_dict(keep_vars=True).items()):
+        if id(v) not in later:
+            h.update(f'{n} {tuple(v.shape)}'.encode())
+            h.update(v.detach().float().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()
+
 class PrefixSet(Dataset):
     "A data set whose images are behind the frozen blocks of a tower already: its batches hold `prefix`, block -> tokens (B, N, D), in place of `image`. All else is asked of the data set."
     def __init__(self,
@@ -96,7 +105,7 @@ class PrefixSet(Dataset):
         self._tokens, row = tokens, row + row % 2
         need = row * len(data) * max(views, 1) / 1e9
         if need > limit_gb: raise ValueError(f'{len(data)} images{f" in {views} views" * bool(views)} and blocks {self.kept} need {need:.2f} GB, more than limit_gb={limit_gb:g}: keep half precision, fewer views or fewer taps, or raise it')
-        policy = f'{htlab.__version__} {backbone.hash} {backbone.size} {backbone.mean} {backbone.std} {self.kept} {self._type} ' + f'views of seed {data.seed}' * bool(views)
+        policy = f'{htlab.__version__} {_state(backbone, k)} {backbone.size} {backbone.mean} {backbone.std} {self.kept} {self._type} ' + f'views of seed {data.seed}' * bool(views)
         keys = [sha256(f'{policy} {data.checksum(i)} {(v, data.rows[i]["id"]) if views else ""}'.encode()).hexdigest()[:32] for v in range(max(views, 1)) for i in range(len(data))]
         def make(missing):
             was = data.epoch
