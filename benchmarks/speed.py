@@ -10,7 +10,7 @@ Routes take turns, and the median counts. Memory is that of a process of its own
 import argparse, copy, math, os, platform, re, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 
-PARTS = ("step", "segment", "contrast", "prefix", "images", "cases", "heads", "start", "slopes")
+PARTS = ("step", "segment", "contrast", "prefix", "epoch", "images", "cases", "heads", "start", "slopes")
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas: {', '.join(PARTS)}")
 for name, default, text in (("batch", 8, "images in a step"), ("rounds", 3, "turns of each route"), ("threads", os.cpu_count(), "of PyTorch")):
@@ -200,6 +200,30 @@ def part_prefix(args, say):
         apart = same(task, task, batch, kept)
         t = turns(args.rounds, every=updates(every, batch), uncached=updates(task, batch), kept=updates(task, kept))
         say(f"step, last {last} blocks, prefix kept", "adapters in every block", t["every"], t["kept"], f"last {last} without the kept prefix {t['uncached']:.2f} s; equal to it to {apart:.0e}")
+
+
+def part_epoch(args, say):
+    "A whole epoch of `fit`, files and all, with adapters in the last four blocks: from images, and from a kept prefix."
+    import tempfile
+    from dataclasses import replace
+    from htlab.dataset import ImageSet
+    from htlab.head import LinearHead
+    from htlab.manifest import Manifest
+    from htlab.prefix import PrefixSet
+    from htlab.task import Classify
+    from htlab.train import TrainConfig, fit
+    n = len(build(args, "segment")[0].backbone.blocks)
+    tower = build(args, "segment", blocks=list(range(n - 4, n)))[0].backbone
+    table = Manifest.load("phantom")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HTLAB_CACHE"] = folder
+        images = ImageSet(replace(table, df=table.df.iloc[:3 * args.batch]), tower.size, progress=False)
+        kept = PrefixSet(images, tower, progress=False)
+        task, config = Classify(tower, LinearHead(tower.embed_dim)), TrainConfig(epochs=1, batch_size=args.batch, device=args.device)
+        def epoch(data):
+            with tempfile.TemporaryDirectory() as run: fit(task, data, None, config, run, progress=False)
+        t = turns(args.rounds, plain=lambda: epoch(images), kept=lambda: epoch(kept))
+    say(f"epoch of {3 * args.batch} images, last 4 blocks, prefix kept", "the same from images", t["plain"], t["kept"], "read from disk; filled once before, which is not counted")
 
 
 def part_images(args, say):
