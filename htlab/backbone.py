@@ -123,8 +123,8 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone '{self.name}' takes images (B, 3, {self.size[0]}, {self.size[1]}), got {tuple(x.shape)}: "
                              f"resize them, or load_backbone(..., size={tuple(x.shape[-2:])})")
         if not x.is_floating_point(): raise TypeError(f'images must be float in [0, 1], got {x.dtype}: divide by 255')
-        if not torch.compiler.is_compiling() and (not x.is_cuda or self._looks < 3):      # to look at numbers on a GPU is to wait for it: at the first batches only
-            self._looks += 1
+        if not torch.compiler.is_compiling() and not (x.is_cuda and self.training and self._looks >= 3):      # to look at numbers on a GPU is to wait for it: in training, at the first batches only
+            self._looks += x.is_cuda and self.training
             lo, hi = (float(v) for v in x.detach().aminmax())
             if not (-.5 <= lo and hi <= 1.5):     # room for noise and overshoot, none for 0..255 or a second normalisation
                 raise ValueError(f'images must be in [0, 1], got [{lo:.2f}, {hi:.2f}]: the backbone applies mean and std itself')

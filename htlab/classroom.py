@@ -50,12 +50,12 @@ class ShotsBench(Bench):
     def compute(self, shots, draw, head, words):
         text = self.text if words == 'as well' else None
         y, truth = (np.searchsorted(self.classes, e.rows.label) for e in (self.train, self.test))
-        most = min(np.bincount(y))
-        curve = learning_curve(self.train, self.test, shots=[k for k in SHOTS if k <= most], seeds=[draw], text=text)
+        shots = min(shots, most := int(min(np.bincount(y))))     # no class has more
+        curve = learning_curve(self.train, self.test, shots=sorted({shots, *(k for k in SHOTS if k <= most)}), seeds=[draw], text=text)
         lines = {h: curve[curve['head'] == h] for h in HEADS}
         at = draw_shots(y, shots, draw)
         p = fit_head(head, self.train.vectors[at], y[at], 2, None if text is None else np.stack([np.asarray(text[c]).mean(0) for c in self.classes]))(self.test.vectors)[:, 1]
-        mine = lines[head][lines[head].shots == min(shots, most)].iloc[0]
+        mine = lines[head][lines[head].shots == shots].iloc[0]
         edges = np.linspace(0, 1, 21)
         share = lambda c: np.histogram(p[truth == c], edges)[0] / (truth == c).sum()
         return {'curve': dict(traces={h: dict(x=np.log2(d.shots), y=d.auroc, kind='line') for h, d in lines.items()} | {'here': dict(x=[np.log2(mine.shots)], y=[mine.auroc], kind='mark')},

@@ -92,6 +92,7 @@ class PrefixSet(Dataset):
         device=None, # where to compute them, such as 'auto': the tower is moved there; None: where it is
         progress:bool=True # a bar with the time left while tokens are computed
     ):
+        if not getattr(data, 'batch', None): raise ValueError(f'{type(data).__name__} has no batch(indices): it changes items one by one, and what is kept is computed from whole batches of an ImageSet')
         k = frozen_blocks(backbone)
         if taps is not None: taps = backbone.check_taps(taps); k = min(k, taps[-1] + 1)
         if not k: raise ValueError(f'{backbone.name!r} has no frozen block before the first that learns, so nothing can be kept: adapt its last blocks only, such as blocks="{len(backbone.blocks) - 2},{len(backbone.blocks) - 1}"')

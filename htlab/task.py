@@ -78,10 +78,10 @@ def _fit(backbone, head, taps):
     return taps
 
 def _target(task, t, output, what):
-    "Whole numbers on the output's device, checked to be classes of it; on a GPU, which has to be waited for, at the first batches only."
+    "Whole numbers on the output's device, checked to be classes of it; on a GPU, which has to be waited for, only at the first batches of a training."
     t, n = t.to(output.device).long(), output.shape[1]
-    if t.is_cuda and task._looks >= 3: return t
-    task._looks += 1
+    if t.is_cuda and task.training and task._looks >= 3: return t
+    task._looks += t.is_cuda and task.training
     if t.min() < 0 or t.max() >= n: raise ValueError(f"{what} has values from {t.min()} to {t.max()}, the head knows classes 0 to {n - 1}")
     return t
 

@@ -70,3 +70,11 @@ def test_refusals():
                         (lambda: draw_shots(y, 0), "whole number from 1"), (lambda: learning_curve(embedded(0), embedded(1, "another")), "one tower"),
                         (lambda: learning_curve(embedded(0).where(np.arange(60) % 3 < 2), embedded(1)), "normal")):
         with pytest.raises(ValueError, match=says): wrong()
+
+
+def test_the_bench_takes_what_there_is():
+    "More shots than a class has: all it has, and the title says so."
+    from htlab.classroom import ShotsBench
+    bench = ShotsBench(*(embedded(i, n=41, classes=2) for i in (0, 1)), shots=128)
+    assert "20 per class" in bench.data["curve"]["title"] and bench.data["curve"]["traces"]["here"]["x"] == [np.log2(20)]
+    assert "ShotsBench(train, test, shots=128)" == bench.call

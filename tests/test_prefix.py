@@ -165,6 +165,9 @@ def test_refusals():
         with pytest.raises(ValueError, match=says): PrefixSet(d, t, progress=False, **kw)
     with pytest.raises(ValueError, match="views=8"): PrefixSet(images(6, augment=True), t, progress=False)
     with pytest.raises(ValueError, match="no frozen block.*blocks=\"4,5\""): PrefixSet(d, tower(blocks=""), progress=False)
+    class Inverted(ImageSet):
+        def __getitem__(self, i): return super().__getitem__(i)
+    with pytest.raises(ValueError, match="Inverted has no batch"): PrefixSet(Inverted(d.manifest, 112, progress=False), t, progress=False)
     kept = PrefixSet(d, tower(blocks="5"), [1, 5], progress=False)
     with pytest.raises(ValueError, match="UpsampleHead looks at the image"): Segment(tower(blocks="5"), UpsampleHead(128, 2), [1, 5])(kept.finish(kept.batch([0])))
 
