@@ -4,7 +4,7 @@
     python benchmarks/speed.py --only step,heads    # these parts
 
 The plain routes compute what the released code computes, as METHOD describes it: the gain behind a Fourier transform and back, three convolutions one after the other, blocks behind the last tap, 512 channels
-enlarged before the 1 x 1 convolution, the text of every step encoded anew. They share the weights of the fast route, and both are first shown to give the same outputs and gradients.
+enlarged before the 1 x 1 convolution, the text of every step encoded anew, attention as open_clip's tower has it from PyTorch. They share the weights of the fast route, and both are first shown to give the same outputs and gradients.
 Routes take turns, and the median counts. Memory is that of a process of its own which makes two steps, less what it held before the first.
 """
 import argparse, copy, math, os, platform, re, statistics, subprocess, sys, time, warnings
@@ -89,6 +89,8 @@ def plain(task):
             return v + self.mix(v)
     task = copy.deepcopy(task)
     for a in adapters(task.backbone).values(): a.op.__class__ = PlainOp
+    for m in task.backbone.modules():
+        if isinstance(m, torch.nn.MultiheadAttention): m.__class__ = torch.nn.MultiheadAttention
     if isinstance(task, Segment):
         def output(batch):
             b = task.backbone
@@ -106,7 +108,7 @@ def plain(task):
 def updates(task, batch):
     "A function that makes one step."
     import torch
-    optimiser = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-6)
+    optimiser = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-6, fused=True)
     def step():
         optimiser.zero_grad()
         task(batch)["loss"].backward()

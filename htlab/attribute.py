@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms.functional import gaussian_blur
 
 from .backbone import Backbone
-from .inject import Attention, adapters
+from .inject import adapters
 from .task import Contrast, Task
 
 # %% ../nbs/api/12_attribute.ipynb #45899aad
@@ -133,7 +133,7 @@ def _hooks(modules, hook):
 class _Spelled(TorchFunctionMode):
     """Inside, attention in `blocks` is spelled out, softmax(q k^T / sqrt(d)) v, in place of PyTorch's fused kernel, and the softmax kept: `seen[block]`.
 
-    Catches every tower that ends in F.scaled_dot_product_attention (timm, transformers, LoRA's `Attention`); `nn.MultiheadAttention` is led there."""
+    Catches every tower that ends in F.scaled_dot_product_attention (timm, open_clip as a `Backbone` computes it, transformers, LoRA's `Attention`)."""
     def __init__(self, blocks):
         super().__init__()
         self.blocks, self.seen, self.block = list(blocks), {}, None
@@ -152,13 +152,11 @@ class _Spelled(TorchFunctionMode):
     def __enter__(self):
         inside = [m for b in self.blocks for m in b.modules()]
         self.fused = {m: m.fused_attn for m in inside if hasattr(m, "fused_attn")}
-        self.led = [m for m in inside if isinstance(m, nn.MultiheadAttention)]
         def at(k): return lambda *_: setattr(self, "block", k)
         self.handles = []
         try:
             for k, b in enumerate(self.blocks): self.handles += [b.register_forward_pre_hook(at(k)), b.register_forward_hook(at(None), always_call=True)]
             for m in self.fused: m.fused_attn = True
-            for m in self.led: m.forward = Attention(m).forward
         except BaseException: self._undo(); raise
         return super().__enter__()
 
@@ -169,7 +167,6 @@ class _Spelled(TorchFunctionMode):
     def _undo(self):
         for h in self.handles: h.remove()
         for m, was in self.fused.items(): m.fused_attn = was
-        for m in self.led: vars(m).pop("forward", None)
 
 # %% ../nbs/api/12_attribute.ipynb #66d84288
 class _Map(nn.Module):

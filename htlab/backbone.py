@@ -37,6 +37,16 @@ from torch import nn
 
 import htlab
 
+# %% ../nbs/api/04_backbone.ipynb #c32c42c0
+class _SelfAttention(nn.MultiheadAttention):
+    "PyTorch's, computed in one product of all tokens where it is plain self-attention; the same numbers up to rounding. For anything else PyTorch's own forward is called."
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+        one = query is key is value and self.batch_first and query.ndim == 3 and self._qkv_same_embed_dim and self.bias_k is None and not (self.add_zero_attn or self.dropout)
+        if not one or need_weights or key_padding_mask is not None or attn_mask is not None or is_causal:
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        q, k, v = (t.transpose(1, 2) for t in F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+
 # %% ../nbs/api/04_backbone.ipynb #b122087a
 class Backbone(nn.Module):
     """A frozen image tower (with its text tower, if it has one) that knows its own preprocessing.
@@ -61,6 +71,8 @@ class Backbone(nn.Module):
         if min(self.std) <= 0: raise ValueError(f'std must be positive, got {self.std}')
         if interpolation not in ('nearest', 'bilinear', 'bicubic', 'lanczos'): raise ValueError(f"interpolation must be nearest, bilinear, bicubic or lanczos, got {interpolation!r}")
         self.model = model.requires_grad_(False).eval()
+        for m in model.modules():
+            if type(m) is nn.MultiheadAttention: m.__class__ = _SelfAttention
         t = self.tower
         vit = getattr(t, 'trunk', t)          # open_clip wraps timm towers: the ViT itself is the trunk
         pe, self.kind = getattr(vit, 'patch_embed', None), 'conv' if isinstance(t, ResNet) else 'vit'

@@ -269,7 +269,7 @@ def fit(
         seed_everything(config.seed + acc.process_index)
         model, rank, world = acc.prepare_model(task), acc.process_index, acc.num_processes
         vars(task).pop('_is_accelerate_prepared', None)   # or a later fit would neither move nor wrap the task
-        opt = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        opt = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         keeper = _Keeper(folder, task, opt, config, acc, n)
         history, best = keeper.resume()
         share = lambda rows: rows[rank::world] or rows[:1]   # a process without an image computes one along, which counts for nothing
