@@ -66,7 +66,7 @@ def scorer(
     if isinstance(task, Contrast): raise ValueError("Contrast scores an image against the captions of its batch, not against classes: give (task.backbone, {class: [sentences]})")
     if not isinstance(task, Task): return task
     logits = lambda x: task.output({"image": x}).float()
-    def share(y): return F.one_hot(y.detach().argmax(1), y.shape[1]).movedim(-1, 1).float()
+    def share(y): return F.one_hot(y.detach().max(1).indices, y.shape[1]).movedim(-1, 1).float()
     fixed = None
     if images is not None:
         with _explaining(task), torch.no_grad(): y = logits(images)

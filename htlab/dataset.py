@@ -406,13 +406,17 @@ class ImageSet(torch.utils.data.Dataset):
     def native_mask(self, i: int) -> np.ndarray:  # (H0, W0) bool
         "The lesion on the native grid; all False where the row names no mask"
         r = self.rows[i]
-        return self.pixels(i)[1].astype(bool) if r["image"].startswith("sim:") else read_mask(self.manifest.root, r, self.native_image(i).shape)
+        return self.pixels(i)[1].astype(bool) if r["image"].startswith("sim:") else read_mask(self.manifest.root, r, self._native_shape(i))
+
+    def _native_shape(self, i):  # as the manifest has it, which held it to the file: nothing is decoded to know it
+        r = self.rows[i]
+        return self.size if r["image"].startswith("sim:") else (r["height"], r["width"])
 
     def to_native(self,
                   values: torch.Tensor,  # (H, W) or (C, H, W) float, e.g. probabilities at the network's size
                   i: int) -> torch.Tensor:  # the same on the native grid
         "Undo the letterbox: cut away the padding and resample to the pixels of the file"
-        shape = self.native_image(i).shape
+        shape = self._native_shape(i)
         top, left, h, w = fit_box(*shape, self.size)
         cut = values.reshape(1, -1, *values.shape[-2:])[..., top:top + h, left:left + w].float()
         out = cut if shape == (h, w) else F.interpolate(cut, shape, mode="bilinear", align_corners=False)

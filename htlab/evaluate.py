@@ -166,6 +166,8 @@ def _each(row, task, dataset, batch_size, device, progress):
         if e: raise (ValueError if e[0] else RuntimeError)(f'process {r}: {e[1]}')
     return [r for _, r in sorted((x for part, _ in shares for x in part), key=lambda x: x[0])]
 
+def _lesion(p): return p.max(0).indices == 1    # where class 1 is the most probable; PyTorch's argmax takes thirty times as long along this axis
+
 def _who(row):
     "id, group and label of a row; a case without a group is a group of its own."
     group = row.get('group')
@@ -182,7 +184,7 @@ def evaluate_segmentation(
 ) -> pd.DataFrame:            # a row per case: id, group, label, the metrics of `case_metrics`, policy
     "Segment every case and measure it against the native mask (class 1 is the lesion, where it is the most probable). Under torchrun every process calls this, computes its share and gets all rows."
     def case(i, p, item):
-        row, pred = dataset.row(i), dataset.to_native(p, i).argmax(0) == 1
+        row, pred = dataset.row(i), _lesion(dataset.to_native(p, i))
         return _who(row) | case_metrics(pred, dataset.native_mask(i), row.get('spacing_mm'), empty) | dict(policy=empty)
     return pd.DataFrame(_each(case, task, dataset, batch_size, device, progress))
 
@@ -533,7 +535,7 @@ def dice_score(
 ) -> float:                # mean Dice per case, 0 to 1; both empty is 1
     "Cheap validation score for segmentation, at the resolution of the network."
     def dice(i, p, item):
-        pred, true = p.argmax(0) == 1, item['mask'] == 1
+        pred, true = _lesion(p), item['mask'] == 1
         area = int(pred.sum() + true.sum())
         return 2 * int((pred & true).sum()) / area if area else 1.
     return float(np.mean(_each(dice, task, dataset, batch_size, None, False)))

@@ -102,7 +102,7 @@ def _scoring(task, images, target, output, batch_size):
     if output not in ("probability", "logit"): raise ValueError(f"output={output!r}: take 'probability' or 'logit'")
     if output == "probability" and first.shape[1] < 2: raise ValueError("one column of scores has no probability: ask with output='logit'")
     if int(target.min()) < 0 or int(target.max()) >= first.shape[1]: raise ValueError(f"target has values from {int(target.min())} to {int(target.max())}, the model knows classes 0 to {first.shape[1] - 1}")
-    where = first.argmax(1) == target[:, None, None] if dense else None
+    where = first.max(1).indices == target[:, None, None] if dense else None
     if dense and not where.flatten(1).any(1).all(): raise ValueError(f"image {int((~where.flatten(1).any(1)).nonzero()[0])}: no pixel is predicted as class {int(target[0])}, so there is nothing to explain: leave it out")
     def score(x, case):
         y = ask(x)
@@ -641,7 +641,7 @@ def evaluate_attributions(
             item = dataset.finish(dataset.batch(part))
             images, masks = _images(task, item["image"]), item["mask"].numpy()
             y = ask(images)
-            keep = (y.argmax(1) == (1 if target is None else target)).flatten(1).any(1).numpy() if y.ndim == 4 else np.ones(len(part), bool)
+            keep = (y.max(1).indices == (1 if target is None else target)).flatten(1).any(1).numpy() if y.ndim == 4 else np.ones(len(part), bool)
             left += int((~keep).sum())
             if not keep.any(): bar.update(len(part) * len(methods)); continue
             images, masks, part, y = images[keep], masks[keep], [i for i, k in zip(part, keep) if k], y[keep]

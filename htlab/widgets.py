@@ -406,7 +406,7 @@ class FilterBench(Bench):
         "Lesion or not, of grey values (H, W) 0 to 255"
         import torch
         x = torch.as_tensor(image, dtype=torch.float32, device=next(self.task.parameters()).device)
-        return self.task.predict({"image": x.div(255).expand(1, 3, -1, -1)})[0].argmax(0).cpu().numpy() == 1
+        return self.task.predict({"image": x.div(255).expand(1, 3, -1, -1)})[0].max(0).indices.cpu().numpy() == 1
 
     def follow(self, values, turned):
         if "preset" in turned and values["preset"] in PRESETS and not any(k.startswith("ring_") for k in turned): values |= {f"ring_{i}": v for i, v in enumerate(PRESETS[values["preset"]])}
