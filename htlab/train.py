@@ -18,12 +18,14 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object, send_to_device
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from .pace import compiled, fastest
 
 # %% ../nbs/api/09_train.ipynb #abd8d5c8
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class TrainConfig:
     weight_decay: float = .01    # AdamW's decay, on tensors of two or more dimensions only
     accumulate: int = 1          # batches in one update: the same result as a batch so many times larger
     clip: float = 1.             # longest gradient, as the norm over all that learns; 0: do not clip
-    precision: str = 'fp32'      # 'fp32', or 'bf16': autocast (weights and optimiser stay in fp32)
+    precision: str = 'fp32'      # 'fp32'; 'bf16': autocast (weights and optimiser stay in fp32); 'auto': what a first step, measured, says is over soonest (`htlab.pace.fastest`)
+    torch_compile: bool = False  # compile the blocks of the tower: a wait at the start, shorter steps; 'auto' decides on this too, on a GPU
     device: str = 'auto'         # 'auto' (a CUDA GPU if there is one), 'cpu' or 'cuda'
     seed: int = 0                # of order, dropout and all else that is random in `fit`
     validate_every: int = 10     # epochs from one validation to the next; the last epoch always has one
@@ -45,12 +48,12 @@ class TrainConfig:
     workers: int = 0             # processes that prepare batches; 0: none but this one
 
     def __post_init__(self):
-        choices = {'precision': ('fp32', 'bf16'), 'device': ('auto', 'cpu', 'cuda')}
+        choices = {'precision': ('fp32', 'bf16', 'auto'), 'device': ('auto', 'cpu', 'cuda'), 'torch_compile': (False, True)}
         at_least = dict(epochs=1, batch_size=1, accumulate=1, validate_every=1, patience=0, workers=0, seed=0)
         for f in fields(self):
             k, v = f.name, getattr(self, f.name)
             number = isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
-            if k in choices: ok, want = v in choices[k], ' or '.join(map(repr, choices[k]))
+            if k in choices: ok, want = type(v) is type(choices[k][0]) and v in choices[k], ' or '.join(map(repr, choices[k]))
             elif k in at_least:
                 ok, want = number and isinstance(v, Integral) and v >= at_least[k], f'a whole number of at least {at_least[k]}'
                 if k == 'seed': ok, want = ok and v < 2**31, want + ' and below 2**31'
@@ -61,7 +64,7 @@ class TrainConfig:
             elif k == 'min_lr': ok, want = number and 0 <= v <= self.lr, f'a number from 0 to lr={self.lr}'
             else: ok, want = number and v >= 0, 'a number of at least 0'
             if not ok: raise ValueError(f'{k}={v!r}: {k} must be {want}')
-            clean = {'int': int, 'float': float, 'str': str, 'tuple': lambda b: tuple(map(float, b))}
+            clean = {'int': int, 'float': float, 'str': str, 'bool': bool, 'tuple': lambda b: tuple(map(float, b))}
             object.__setattr__(self, k, clean[getattr(f.type, '__name__', f.type)](v))   # 1 and 1.0 are the same config
 
     @classmethod
@@ -152,7 +155,7 @@ def _write_aside(path, data):
 class _Keeper:
     "Saves and restores one run in `folder`: what learns, optimiser, generators, history, best so far."
     def __init__(self, folder, task, opt, config, acc, images):
-        self.path, self.task, self.opt, self.acc = Path(folder) / 'last.ckpt', task, opt, acc
+        self.path, self.task, self.opt, self.acc, self.way = Path(folder) / 'last.ckpt', task, opt, acc, None      # way: how it computes, once that is known
         self.header = {**asdict(config), 'training images': images, 'processes': acc.num_processes}
         task.train()   # buffers move only in modules that this call puts into training mode
         self.names = {k for k, p in task.named_parameters() if p.requires_grad} | {
@@ -167,7 +170,7 @@ class _Keeper:
             if best['epoch'] == len(history): self.save_best(best)
             learned = best['learned'] if best['epoch'] == len(history) else self.learned()   # the same tensors are stored once
             buffer = io.BytesIO()
-            torch.save(dict(config=self.header, learned=learned, optimizer=self.opt.state_dict(), rng=rng, history=history, best=best), buffer)
+            torch.save(dict(config=self.header, way=self.way, learned=learned, optimizer=self.opt.state_dict(), rng=rng, history=history, best=best), buffer)
             _write_aside(self.path, buffer.getvalue())
             if history: _write_aside(self.path.with_name('history.csv'), pd.DataFrame(history).to_csv(index=False).encode())
         self.acc.wait_for_everyone()
@@ -186,7 +189,7 @@ class _Keeper:
             with zipfile.ZipFile(self.path) as z: damaged = z.testzip()
             if damaged: raise ValueError(damaged)
             old = torch.load(self.path, map_location='cpu', weights_only=True)
-            config, learned, optimizer, rng, history, best = (old[k] for k in ('config', 'learned', 'optimizer', 'rng', 'history', 'best'))
+            config, self.way, learned, optimizer, rng, history, best = (old[k] for k in ('config', 'way', 'learned', 'optimizer', 'rng', 'history', 'best'))
         except Exception as e:
             raise ValueError(f'{self.path}: not a readable checkpoint (truncated, corrupt or of another program; {type(e).__name__}); '
                              'delete it to train from the start') from None
@@ -234,6 +237,13 @@ def _load(data, plan, config, device, epoch=0):
     finish = getattr(data, 'finish', lambda batch: batch) if whole else lambda batch: batch
     return (finish(send_to_device(batch, device, non_blocking=True)) for batch in loader)     # pinned batches travel while the GPU computes
 
+def _way(task, data, plan, config, acc, updates):
+    "(precision, torch_compile): as asked, or measured on the first batch, by the first of several processes for all."
+    if config.precision != 'auto': return config.precision, config.torch_compile
+    if hasattr(data, 'set_epoch'): data.set_epoch(1)
+    best = fastest(task, next(_load(data, plan, config, acc.device, 1)), updates).iloc[0]
+    return tuple(broadcast_object_list([(str(best.precision), bool(best.torch_compile))])[0])
+
 def _valid_loss(task, data, config, acc):
     "Mean loss over `data`, each process taking its share."
     rows = range(acc.process_index, len(data), acc.num_processes)
@@ -251,7 +261,7 @@ def fit(
     folder,                # gets last.ckpt, best.safetensors, history.csv; if last.ckpt is there, training goes on from it
     score=None,            # `score(task, valid_set)` -> float, higher is better
     progress: bool = True, # a bar with the time left, on stderr
-) -> pd.DataFrame:         # epoch, lr, train_loss, (valid_loss), score, seconds; attrs: best_epoch, best_score
+) -> pd.DataFrame:         # epoch, lr, train_loss, (valid_loss), score, seconds; attrs: best_epoch, best_score, precision, torch_compile
     """Train `task`, leave its best weights in it (in eval mode), and return the history.
 
     A task whose loss couples the images of an update has `joint(batches)`: it yields the batches, each with what it must
@@ -273,9 +283,11 @@ def fit(
         keeper = _Keeper(folder, task, opt, config, acc, n)
         history, best = keeper.resume()
         share = lambda rows: rows[rank::world] or rows[:1]   # a process without an image computes one along, which counts for nothing
-        autocast = lambda: torch.autocast(acc.device.type, torch.bfloat16, enabled=config.precision == 'bf16')
         per_epoch = len(batches(n, config, 1))
-        with tqdm(total=config.epochs * per_epoch, initial=len(history) * per_epoch, unit='update',
+        if keeper.way is None: keeper.way = _way(task, train_set, [share(batches(n, config, 1)[0][0])], config, acc, config.epochs * per_epoch)
+        precision, torch_compile = keeper.way
+        autocast = lambda: torch.autocast(acc.device.type, torch.bfloat16, enabled=precision == 'bf16')
+        with compiled(task, torch_compile), tqdm(total=config.epochs * per_epoch, initial=len(history) * per_epoch, unit='update',
                   disable=not (progress and acc.is_main_process)) as bar:
             while len(history) < config.epochs and not 0 < config.patience <= best['stale']:
                 epoch, began = len(history) + 1, time.time()
@@ -322,7 +334,7 @@ def fit(
         if acc.is_main_process: keeper.save_best(best)
         task.eval()
     frame = pd.DataFrame(history)
-    frame.attrs.update(best_epoch=best['epoch'], best_score=best['score'])
+    frame.attrs.update(best_epoch=best['epoch'], best_score=best['score'], precision=precision, torch_compile=torch_compile)
     return frame
 
 # %% ../nbs/api/09_train.ipynb #d821cac7

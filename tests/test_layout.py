@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 IMPORTS = {m: set(names.split()) for m, names in {
     "show": "", "speckle": "", "probe": "speckle", "differentiable": "speckle", "envelope": "", "quality": "", "spectrum": "", "manifest": "", "source": "manifest", "importers": "manifest source", "dicom": "source", "generic": "manifest source importers dicom", "fetch": "manifest source",
     "audit": "show manifest source", "store": "manifest", "dataset": "manifest speckle store", "backbone": "", "adapter": "", "inject": "backbone adapter", "response": "speckle spectrum backbone adapter inject", "prefix": "backbone store",
-    "head": "", "task": "inject backbone head prefix", "train": "", "evaluate": "", "embed": "backbone store", "fewshot": "embed", "projection": "embed", "gap": "quality evaluate", "attribute": "backbone inject task", "faithfulness": "evaluate attribute",
+    "head": "", "task": "inject backbone head prefix", "pace": "", "train": "pace", "evaluate": "", "embed": "backbone store", "fewshot": "embed", "projection": "embed", "gap": "quality evaluate", "attribute": "backbone inject task", "faithfulness": "evaluate attribute",
     "launch": "train", "hierarchy": "evaluate", "record": "", "report": "show manifest train evaluate record", "study": "show evaluate hierarchy report", "rerun": "evaluate report", "grid": "report"}.items()}
 ANYTHING = {"widgets", "explorer", "viewer", "classroom", "cli"}
 

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, PartialState
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from htlab.pace import fastest
 from htlab.train import TrainConfig, batches, cosine_lr, fit, load_best, param_groups, seed_everything
 
 torch.set_num_threads(1)
@@ -173,6 +174,29 @@ def test_best_ties_and_early_stopping(tmp_path, scores, best, length):
     history, task = run(tmp_path, config=replace(CONFIG, epochs=4, validate_every=1, patience=2), score=None if scores[0] is None else given, valid=False)
     assert history.attrs['best_epoch'] == best and len(history) == length and 'valid_loss' not in history
     if kept: assert all(torch.equal(v, task.state_dict()[k]) for k, v in kept[best - 1].items())
+
+
+def test_auto_is_the_training_it_chose(tmp_path, monkeypatch):
+    "Bit by bit, also when it is interrupted and taken up again; it is asked for once."
+    asked = []
+    def choose(task, batch, updates):
+        asked.append((len(batch["image"]), updates))
+        return fastest(task, batch, updates, steps=1)
+    monkeypatch.setattr("htlab.train.fastest", choose)
+    auto = replace(CONFIG, precision="auto")
+    with pytest.raises(KeyboardInterrupt): run(tmp_path / "auto", train=Data(stop=(4, 3)), config=auto)
+    got = run(tmp_path / "auto", config=auto)
+    assert asked == [(5, 6 * 3)] and got[0].attrs["precision"] in ("fp32", "bf16") and got[0].attrs["torch_compile"] is False
+    same(got, run(tmp_path / "named", config=replace(CONFIG, precision=got[0].attrs["precision"])))
+    for name in ("precision", "torch_compile"): assert fit(Toy(), Data(), None, replace(CONFIG, epochs=1), tmp_path / "plain", progress=False).attrs[name] == getattr(CONFIG, name)
+
+
+def test_compiled_training_learns_the_same(tmp_path):
+    "Without dropout, whose masks a compiler draws otherwise. On a CPU only asked for by name."
+    config = replace(CONFIG, epochs=2)
+    a, b = run(tmp_path / "a", Toy(dropout=0.), config=config, score=None), run(tmp_path / "b", Toy(dropout=0.), config=replace(config, torch_compile=True), score=None)
+    assert b[0].attrs["torch_compile"] and b[1]._compiled_call_impl is None
+    np.testing.assert_allclose(a[0].train_loss, b[0].train_loss, rtol=1e-5)
 
 
 # ---- the arithmetic ------------------------------------------------------------------------------------------------
