@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                      # ViT-B/16, 224 pixels, batch 8, at most ten minutes on two cores
     python benchmarks/speed.py --only step,heads    # these parts
+    python benchmarks/speed.py --device cuda        # images a second, memory and utilisation by batch size, bf16, compiled or not; and whether Dice suffers
 
 The plain routes compute what the released code computes, as METHOD describes it: the gain behind a Fourier transform and back, three convolutions one after the other, blocks behind the last tap, 512 channels
 enlarged before the 1 x 1 convolution, the text of every step encoded anew, attention as open_clip's tower has it from PyTorch. They share the weights of the fast route, and both are first shown to give the same outputs and gradients.
@@ -11,12 +12,16 @@ import argparse, copy, math, os, platform, re, statistics, subprocess, sys, time
 from pathlib import Path
 
 PARTS = ("step", "segment", "contrast", "prefix", "epoch", "images", "cases", "heads", "start", "slopes")
+GPU = ("throughput", "dice")  # what --device cuda measures; they run on a CPU too, if named
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas: {', '.join(PARTS)}")
+parser.add_argument("--only", default="", help=f"parts, with commas: {', '.join(PARTS + GPU)} (on a CPU all but the last two, on a GPU these)")
 for name, default, text in (("batch", 8, "images in a step"), ("rounds", 3, "turns of each route"), ("threads", os.cpu_count(), "of PyTorch")):
     parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
 parser.add_argument("--tower", default="ViT-B-16", help="of open_clip, with random weights (ViT-B-16)")
 parser.add_argument("--device", default="cpu")
+parser.add_argument("--batches", default="32,64,128,256,512", help="batch sizes of throughput (32,64,128,256,512)")
+parser.add_argument("--images", type=int, default=320, help="training images of dice (320)")
+parser.add_argument("--epochs", type=int, default=15, help="of dice (15)")
 parser.add_argument("--memory", default="", help=argparse.SUPPRESS)  # a child: make two steps of this route, print megabytes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -351,9 +356,54 @@ def part_slopes(args, say):
           f"cases of an evaluation {slope(cases, (50, 100, 200)):.2f}; a step over one with adapters in all six blocks of tiny: " + ", ".join(f"last {b}: {seconds(blocks=b) / seconds():.2f}" for b in (1, 2, 4)), flush=True)
 
 
+def part_throughput(args, say):
+    "Images a second of whole steps against the plain route in float32 on the same device; operations over seconds over what one large product reaches there."
+    import torch
+    from htlab.pace import PRECISIONS, peak_flops, step_flops, step_seconds
+    cuda = args.device.startswith("cuda")
+    peak = {p: peak_flops(args.device, p) for p in PRECISIONS}
+    print("one large product: " + ", ".join(f"{p} {v / 1e12:.1f} TFLOP/s" for p, v in peak.items()) + "\n\n| task | batch | way | images/s | times plain | GB | utilisation |\n|---|---|---|---|---|---|---|", flush=True)
+    for kind in ("segment", "contrast"):
+        for n in map(int, args.batches.split(",")):
+            task, batch = build(argparse.Namespace(**vars(args) | dict(batch=n)), kind)
+            ways = {"plain, fp32": (plain(task), "fp32", False)} | {p + ", compiled" * c: (task, p, c) for c in (False, True)[:1 + cuda] for p in PRECISIONS}
+            with torch.no_grad(): task(batch)  # captions are encoded once, which is no part of a step
+            operations, base = sum(step_flops(task, batch).values()), math.nan
+            for name, (model, precision, compile) in ways.items():
+                try: took = step_seconds(model, batch, precision, compile, args.rounds)
+                except torch.OutOfMemoryError: print(f"| {kind} | {n} | {name} | out of memory | | | |", flush=True); continue
+                finally: cuda and torch.cuda.empty_cache()
+                if model is not task: base = took["step"]
+                used = f"{operations / took['step'] / peak[precision]:.2f}" if model is task else ""    # the plain route computes more than that
+                print(f"| {kind} | {n} | {name} | {n / took['step']:.0f} | {base / took['step']:.2f} | {took['gb']:.1f} | {used} |", flush=True)
+            del task, batch, ways, model
+    print(flush=True)
+
+
+def part_dice(args, say):
+    "The same training by the plain route in float32, and as `precision='auto'` has it: is Dice the same?"
+    import tempfile
+    from dataclasses import replace
+    from htlab.dataset import ImageSet
+    from htlab.evaluate import evaluate_segmentation, paired
+    from htlab.manifest import Manifest
+    from htlab.train import TrainConfig, fit
+    task, _ = build(args, "segment")
+    table, size = Manifest.load("phantom"), task.backbone.size[0]
+    part = lambda split, n: ImageSet(replace(s := table.split(split), df=s.df.iloc[:n]), size, progress=False)
+    train, test = part("train", args.images), part("test", args.images)
+    cases, took = {}, {}
+    for name, model, precision in (("plain", plain(task), "fp32"), ("fast", task, "auto")):
+        with tempfile.TemporaryDirectory() as folder: history = fit(model, train, None, TrainConfig(epochs=args.epochs, batch_size=min(32, len(train)), lr=1e-3, device=args.device.split(":")[0], precision=precision, patience=0), folder, progress=False)
+        cases[name], took[name] = evaluate_segmentation(model, test, progress=False), history.seconds.sum()
+    d = paired(cases["fast"], cases["plain"], "dice")
+    say(f"training, {args.epochs} epochs of {len(train)} images", "plain, fp32", took["plain"], took["fast"], f"{history.attrs['precision']}{', compiled' * history.attrs['torch_compile']}; Dice {d['b']:.3f} plain, {d['a']:.3f}: difference {d['diff']:+.4f} [{d['lo']:+.4f}, {d['hi']:+.4f}], n = {d['n']}")
+
+
 if __name__ == "__main__":
     args = parser.parse_args()
-    if unknown := set(args.only.split(",")) - set(PARTS): parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    chosen = args.only.split(",") if args.only else GPU if args.device.startswith("cuda") else PARTS
+    if unknown := set(chosen) - set(PARTS + GPU): parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS + GPU)}")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
     torch.set_num_threads(args.threads)
@@ -363,8 +413,10 @@ if __name__ == "__main__":
         print(f"| {what} | {against} | {base:.3g} s | {ours:.3g} s | {f'{value:.2f} of it' if value else f'{base / ours:.1f} times'} | {note} |", flush=True)
     began = time.perf_counter()
     cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor()) if sys.platform == "linux" else platform.processor()
+    if args.device.startswith("cuda"): cpu = torch.cuda.get_device_name(args.device)
     print(f"{args.tower}, batch {args.batch}, {args.threads} threads; {cpu}, {os.cpu_count()} cores; torch {torch.__version__}, htlab {htlab.__version__}; median of {args.rounds}\n")
-    print("| what | against | that | HTLab | ratio | |\n|---|---|---|---|---|---|")
-    for name in PARTS:
-        if name in args.only.split(","): globals()[f"part_{name}"](args, say)
+    if "throughput" in chosen: part_throughput(args, say)
+    if set(chosen) - {"throughput"}: print("| what | against | that | HTLab | ratio | |\n|---|---|---|---|---|---|")
+    for name in PARTS + GPU[1:]:
+        if name in chosen: globals()[f"part_{name}"](args, say)
     print(f"\n{time.perf_counter() - began:.0f} s in all")

@@ -114,6 +114,9 @@ def fastest(
 ) -> pd.DataFrame:     # precision, torch_compile, first, step, gb as in `step_seconds`, total: seconds for all updates, why: what went wrong; sorted, the best first
     "Which way of computing is over soonest? Measured on this machine, with this task; nothing of the task is changed. Errors: RuntimeError when every way fails."
     rows, cuda = [], _device(task).type == 'cuda'
+    try:
+        with _untouched(task), torch.no_grad(): task(batch)      # what is done once for all ways, such as sentences that are embedded and kept, is no way's fault
+    except RuntimeError: pass                                    # the rows will say it
     for precision, torch_compile in ways or [(p, c) for c in (False, True)[:1 + cuda] for p in PRECISIONS]:
         row = dict(precision=precision, torch_compile=torch_compile, first=math.inf, step=math.inf, gb=math.nan, why='')
         try: row |= step_seconds(task, batch, precision, torch_compile, steps)
