@@ -8,7 +8,16 @@ from browser import CHROMIUM, NOTEBOOKS, changed_by, chromium, get, jupyterlab, 
 
 if not CHROMIUM: pytest.skip("no chromium on this machine (Debian and Ubuntu: sudo apt install chromium)", allow_module_level=True)
 
-BENCHES = NOTEBOOKS | {"own": """
+BENCHES = NOTEBOOKS | {"shots": """
+import numpy as np, pandas as pd
+from htlab.classroom import ShotsBench
+from htlab.embed import Embeddings
+def drawn(n, seed):
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 2
+    return Embeddings(rng.standard_normal((n, 16)) + .5 * y[:, None], pd.DataFrame(dict(id=[f"{seed}-{i}" for i in range(n)], label=np.array(["benign", "malignant"])[y])), "image", "toy")
+ShotsBench(drawn(80, 0), drawn(100, 1))
+""", "own": """
 from htlab.widgets import Bench, Knob, PlotPicture
 class Own(Bench):
     count = 0
@@ -34,12 +43,13 @@ def open_bench(tmp_path_factory):
         yield go
 
 
-OTHER = {"preset": "low pass", "truth": "none"}
+OTHER = {"preset": "low pass", "truth": "none", "head": "prototype"}
 # bench: {knob: the pictures that it changes}; all others stay as they are
 TURNS = {"speckle": {"dynamic_range": {"image", "grey", "spectrum"}, "gain": {"image", "grey", "spectrum"}, "frequency": {"image", "envelope", "grey", "spectrum"}},
          "filter": {"block": {"tokens"}, "preset": {"response", "image", "spectrum", "tokens", "mask"}},
          "drift": {"tgc": {"image", "frozen", "adapted", "table"}},
-         "metric": {"across": {"masks", "distances", "table"}, "tolerance": {"distances", "table"}, "truth": {"masks", "distances", "table"}}}
+         "metric": {"across": {"masks", "distances", "table"}, "tolerance": {"distances", "table"}, "truth": {"masks", "distances", "table"}},
+         "shots": {"shots": {"curve", "answers"}, "draw": {"curve", "answers"}, "head": {"curve", "answers"}}}
 
 
 @pytest.mark.parametrize("name", TURNS)
