@@ -72,7 +72,7 @@ def learning_curve(
     from sklearn.metrics import roc_auc_score
     if train.model != test.model: raise ValueError(f'train is of {train.model}, test of {test.model}: embeddings of one tower can be compared')
     classes = sorted(train.rows.label.unique())
-    if set(test.rows.label) - set(classes): raise ValueError(f'test has labels {sorted(set(test.rows.label) - set(classes))} that train has not')
+    if set(classes) != set(test.rows.label): raise ValueError(f'train has the classes {classes}, test {sorted(test.rows.label.unique())}: a curve needs every class in both, pick them with .where(...)')
     y, truth = (np.searchsorted(classes, e.rows.label) for e in (train, test))
     words = None if text is None else np.stack([np.asarray(text[c]).mean(0) for c in classes])
     rows = []

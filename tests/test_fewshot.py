@@ -68,7 +68,7 @@ def test_refusals():
     x, y = vectors(0)
     for wrong, says in ((lambda: fit_head("prob", x, y, 3), "choose from prototype"), (lambda: fit_head("probe", x[:2], [0, 0], 2), "every class from 0 to 1"), (lambda: fit_head("probe", x, y[:5], 3), "one label for each"),
                         (lambda: draw_shots(y, 0), "whole number from 1"), (lambda: learning_curve(embedded(0), embedded(1, "another")), "one tower"),
-                        (lambda: learning_curve(embedded(0).where(np.arange(60) % 3 < 2), embedded(1)), "normal")):
+                        (lambda: learning_curve(embedded(0).where(np.arange(60) % 3 < 2), embedded(1)), "normal"), (lambda: learning_curve(embedded(0), embedded(1).where(np.arange(60) % 3 < 2)), "every class in both")):
         with pytest.raises(ValueError, match=says): wrong()
 
 
