@@ -140,7 +140,7 @@ def same(a, b, batch, batch_b=None, tolerance=2e-4):
 
 
 def turns(rounds, **routes):
-    "Median seconds of each route; they take turns, after one to warm up. A GPU is waited for."
+    "Median seconds of each route; they take turns, after one to warm up. A GPU is waited for. `ratio` is the median over turns, which a machine that slows down does not move."
     import torch
     spent = {k: [] for k in routes}
     for r in range(rounds + 1):
@@ -148,7 +148,9 @@ def turns(rounds, **routes):
             began = time.perf_counter(); f()
             if torch.cuda.is_initialized(): torch.cuda.synchronize()
             if r: spent[k].append(time.perf_counter() - began)
-    return {k: statistics.median(v) for k, v in spent.items()}
+    class Medians(dict):
+        def ratio(self, a, b): return statistics.median(x / y for x, y in zip(spent[a], spent[b]))
+    return Medians({k: statistics.median(v) for k, v in spent.items()})
 
 
 def memory(route, args):
@@ -177,8 +179,8 @@ def part_step(args, say):
         x.grad = None
     def forward():
         with torch.no_grad(): bare.backbone.embed_image(batch["image"])
-    t = turns(args.rounds, bound=bound, step=updates(task, batch), forward=forward)
-    say("step, adapters in every block", "bound: frozen forward + backward through activations", t["bound"], t["step"], f"frozen forward alone {t['forward']:.2f} s", t["step"] / t["bound"])
+    t = turns(max(args.rounds, 7), bound=bound, step=updates(task, batch), forward=forward)  # a ratio near one wants more turns
+    say("step, adapters in every block", "bound: frozen forward + backward through activations", t["bound"], t["step"], f"frozen forward alone {t['forward']:.2f} s", t.ratio("step", "bound"))
 
 
 def part_segment(args, say):
@@ -374,8 +376,9 @@ def part_throughput(args, say):
                 except torch.OutOfMemoryError: print(f"| {kind} | {n} | {name} | out of memory | | | |", flush=True); continue
                 finally: cuda and torch.cuda.empty_cache()
                 if model is not task: base = took["step"]
+                gb = f"{took['gb']:.1f}" if cuda else ""
                 used = f"{operations / took['step'] / peak[precision]:.2f}" if model is task else ""    # the plain route computes more than that
-                print(f"| {kind} | {n} | {name} | {n / took['step']:.0f} | {base / took['step']:.2f} | {took['gb']:.1f} | {used} |", flush=True)
+                print(f"| {kind} | {n} | {name} | {n / took['step']:.0f} | {base / took['step']:.2f} | {gb} | {used} |", flush=True)
             del task, batch, ways, model
     print(flush=True)
 
