@@ -184,6 +184,6 @@ def where_time_goes(
         if not back and e.sequence_nr >= 0: part_of[e.sequence_nr] = part
     kind = lambda name: next((k for k, pattern in KINDS.items() if re.search(pattern, name)), 'number by number')
     rows = [dict(part=part_of.get(back.sequence_nr, 'the rest') if back else part, phase='backward' if back else 'forward', kind=kind(e.name),
-                 seconds=(e.self_device_time_total if device.type == 'cuda' else e.self_cpu_time_total) / 1e6) for e, (back, part) in zip(events, placed)]
+                 seconds=(e.self_device_time_total if device.type == 'cuda' else e.self_cpu_time_total) / 1e6) for e, (back, part) in zip(events, placed) if not e.name.startswith('part: ')]
     table = pd.DataFrame(rows).groupby(['part', 'phase', 'kind'], as_index=False).seconds.sum()
     return table[table.seconds > 0].assign(share=lambda d: d.seconds / d.seconds.sum()).reset_index(drop=True)

@@ -597,3 +597,45 @@ def test_text_towers_that_do_not_fit_are_explained(published, tmp_path):
     (tmp_path / "second.bin").write_bytes(b"")
     (tmp_path / "open_clip_pytorch_model.bin").rename(tmp_path / "first.bin")
     with pytest.raises(FileNotFoundError, match="several weights files"): load_backbone("biomedclip", tmp_path)
+
+
+@given(batch=st.integers(1, 3), tokens=st.integers(1, 9), heads=st.sampled_from([1, 2, 4]), bias=st.booleans(), frozen=st.booleans(), training=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_attention_in_one_product_is_pytorch_s(batch, tokens, heads, bias, frozen, training, seed):
+    "The same numbers, there and back, whatever learns; the same names."
+    torch.manual_seed(seed)
+    theirs = nn.MultiheadAttention(8, heads, bias=bias, batch_first=True).requires_grad_(not frozen).train(training)
+    mine = deepcopy(theirs)
+    mine.__class__ = module._SelfAttention
+    x, grad = torch.randn(batch, tokens, 8), torch.randn(batch, tokens, 8)
+    found = []
+    for m in (theirs, mine):
+        z = x.clone().requires_grad_()
+        out, weights = m(z, z, z, need_weights=False)
+        out.backward(grad)
+        found.append([out.detach(), z.grad, *(p.grad for p in m.parameters() if not frozen)])
+        assert weights is None
+    for a, b in zip(*found, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert list(theirs.state_dict()) == list(mine.state_dict()) and isinstance(mine, nn.MultiheadAttention)
+
+
+@pytest.mark.parametrize("how", [dict(need_weights=True), dict(attn_mask=torch.triu(torch.ones(5, 5), 1).bool()), dict(key_padding_mask=torch.tensor([[False] * 4 + [True]] * 2)), dict(other=True), dict(batch_first=False), dict(add_zero_attn=True), dict(dropout=.5)], ids=str)
+def test_any_other_attention_is_left_to_pytorch(how):
+    built = {k: how[k] for k in ("batch_first", "add_zero_attn", "dropout") if k in how}
+    theirs = nn.MultiheadAttention(8, 2, **dict(batch_first=True) | built)
+    mine, x = deepcopy(theirs), torch.randn(2, 5, 8)
+    mine.__class__ = module._SelfAttention
+    other = torch.randn(2, 5, 8) if how.get("other") else x
+    called = dict(need_weights=False) | {k: v for k, v in how.items() if k not in built and k != "other"}
+    out = []
+    for m in (theirs, mine):
+        torch.manual_seed(0)                                             # of the dropout
+        out.append(m(x, other, other, **called))
+    torch.testing.assert_close(*(o[0] for o in out), atol=0, rtol=0)
+    assert called["need_weights"] == (out[1][1] is not None)
+
+
+def test_every_block_of_open_clip_computes_so():
+    b = load_backbone("ViT-B-32", "random", text=True)
+    inside = lambda m: [type(c) for c in m.modules() if isinstance(c, nn.MultiheadAttention)]
+    assert inside(b.tower) == [module._SelfAttention] * 12 and set(inside(b.model)) == {module._SelfAttention}     # its text tower passes a mask, and is PyTorch's as before

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import wilcoxon
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from htlab.evaluate import (_auroc, _statistic, auroc_score, calibration, case_metrics, contour_distances, conventions, dice_score, evaluate_classification, evaluate_segmentation, fit_temperature, holm, loglik_score,
+from htlab.evaluate import (_auroc, _lesion, _statistic, auroc_score, calibration, case_metrics, contour_distances, conventions, dice_score, evaluate_classification, evaluate_segmentation, fit_temperature, holm, loglik_score,
                             paired, paired_pooled, retrieval_cases, summarise, summarise_pooled, surface_dice, tempered)
 
 torch.set_num_threads(1)
@@ -21,6 +21,13 @@ def square(row, col, side=8, shape=(40, 40)):
     mask = np.zeros(shape, bool)
     mask[row:row + side, col:col + side] = True
     return mask
+
+
+@given(st.integers(2, 4), shapes, st.integers(0, 999))
+def test_the_most_probable_class_is_argmax(classes, shape, seed):
+    "Also where classes tie, which few different values see to: the first counts."
+    p = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, (classes, *shape)).astype('float32'))
+    assert torch.equal(_lesion(p), p.argmax(0) == 1)
 
 
 # ---- one case ------------------------------------------------------------------------------------------------------
