@@ -39,7 +39,7 @@ def timed(cells, workers, warm, runs):
     from htlab.grid import load_sweep, run_sweep
     sweep, held, over = load_sweep(dict(template="toy.ipynb", seeds=list(range(cells))), runs), [], threading.Event()
     def watch():
-        while not over.wait(1): held.append((len(list(Path(runs).glob("*/report.html"))), megabytes()))
+        while not over.wait(1): held.append((len(list(Path(runs).glob("*/report.html"))), megabytes(), time.perf_counter()))
     threading.Thread(target=watch, daemon=True).start()
     began = time.perf_counter()
     run_sweep(sweep, workers=workers, warm=warm, progress=False)
@@ -57,9 +57,13 @@ if __name__ == "__main__":  # Dask's workers import this file
             nbformat.v4.new_markdown_cell("# Toy"), cell("seed = 0\nrun_dir = ''", metadata={"tags": ["parameters"]}), cell(CODE)]), "toy.ipynb")
         cold, _ = timed(args.cold, args.workers, False, "cold")
         warm, held = timed(args.cells, args.workers, True, "warm")
-        part = lambda a, b: statistics.median([m for n, m in held if a * args.cells <= n <= b * args.cells] or [float("nan")])
-        early, late = part(.25, .5), part(.75, 1)
+        seen = lambda a, b: [h for h in held if a * args.cells <= h[0] <= b * args.cells] or [(0, float("nan"), 0)]
+        quarters = [seen(.25, .5), seen(.75, 1)]
+        early, late = (statistics.median(m for _, m, _ in q) for q in quarters)
+        ends = [(q[0], next(h for h in q if h[0] == q[-1][0])) for q in quarters]  # the last number is seen again while all closes down
+        pace = [(b[2] - a[2]) * args.workers / max(b[0] - a[0], 1) for a, b in ends]
         os.chdir("/")
     print(f"{args.workers} workers, {psutil.cpu_count()} cores\nstarted anew ({args.cold} cells)  {cold:6.2f} s per cell\nforked ({args.cells} cells)        {warm:6.2f} s per cell   {cold / warm:.1f} times less")
+    print(f"a cell of the second quarter took {pace[0]:.2f} s, one of the last {pace[1]:.2f} s: {pace[1] / pace[0] if pace[0] else float('nan'):.2f} times (1 is linear)")
     print(f"memory of driver, workers and servers: {early:.0f} MB in the second quarter of the cells, {late:.0f} MB in the last ({late / early - 1:+.1%})")
     sys.exit(warm > 2 or late > 1.1 * early)

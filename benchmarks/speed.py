@@ -197,7 +197,8 @@ def part_contrast(args, say):
     slow = plain(task)
     apart = same(slow, task, batch)
     t = turns(args.rounds, plain=updates(slow, batch), fast=updates(task, batch))
-    say("contrastive step", "as released, text encoded in every step", t["plain"], t["fast"], f"equal to {apart:.0e}")
+    m = {how: memory(f"contrast/{how}", args) for how in ("plain", "fast")}
+    say("contrastive step", "as released, text encoded in every step", t["plain"], t["fast"], f"memory {m['plain'] / 1e3:.2f} -> {m['fast'] / 1e3:.2f} GB ({m['fast'] / m['plain']:.2f}); equal to {apart:.0e}")
 
 
 def part_prefix(args, say):
