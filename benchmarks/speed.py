@@ -80,7 +80,7 @@ def Pair(visual):
 
 
 def plain(task):
-    "The task with the same weights, computed as the release does."
+    "The task, from now on computed as the release does, with the same weights."
     import torch
     import torch.nn.functional as F
     from htlab.adapter import MapOp
@@ -92,7 +92,6 @@ def plain(task):
             w = self.weigh(f)
             v = w[:, 0:1] * self.dw3(f) + w[:, 1:2] * self.dw5(f) + w[:, 2:3] * self.dw7(f) + u
             return v + self.mix(v)
-    task = copy.deepcopy(task)
     for a in adapters(task.backbone).values(): a.op.__class__ = PlainOp
     for m in task.backbone.modules():
         if isinstance(m, torch.nn.MultiheadAttention): m.__class__ = torch.nn.MultiheadAttention
@@ -185,7 +184,7 @@ def part_step(args, say):
 
 def part_segment(args, say):
     task, batch = build(args, "segment")
-    slow = plain(task)
+    slow = plain(copy.deepcopy(task))
     apart = same(slow, task, batch)
     t = turns(args.rounds, plain=updates(slow, batch), fast=updates(task, batch))
     m = {how: memory(f"segment/{how}", args) for how in ("plain", "fast")}
@@ -194,7 +193,7 @@ def part_segment(args, say):
 
 def part_contrast(args, say):
     task, batch = build(args, "contrast")
-    slow = plain(task)
+    slow = plain(copy.deepcopy(task))
     apart = same(slow, task, batch)
     t = turns(args.rounds, plain=updates(slow, batch), fast=updates(task, batch))
     m = {how: memory(f"contrast/{how}", args) for how in ("plain", "fast")}
@@ -369,7 +368,7 @@ def part_throughput(args, say):
     for kind in ("segment", "contrast"):
         for n in map(int, args.batches.split(",")):
             task, batch = build(argparse.Namespace(**vars(args) | dict(batch=n)), kind)
-            ways = {"plain, fp32": (plain(task), "fp32", False)} | {p + ", compiled" * c: (task, p, c) for c in (False, True)[:1 + cuda] for p in PRECISIONS}
+            ways = {"plain, fp32": (plain(copy.deepcopy(task)), "fp32", False)} | {p + ", compiled" * c: (task, p, c) for c in (False, True)[:1 + cuda] for p in PRECISIONS}
             with torch.no_grad(): task(batch)  # captions are encoded once, which is no part of a step
             operations, base = sum(step_flops(task, batch).values()), math.nan
             for name, (model, precision, compile) in ways.items():
@@ -397,7 +396,7 @@ def part_dice(args, say):
     part = lambda split, n: ImageSet(replace(s := table.split(split), df=s.df.iloc[:n]), size, progress=False)
     train, test = part("train", args.images), part("test", args.images)
     cases, took = {}, {}
-    for name, model, precision in (("plain", plain(task), "fp32"), ("fast", task, "auto")):
+    for name, model, precision in (("plain", plain(copy.deepcopy(task)), "fp32"), ("fast", task, "auto")):
         with tempfile.TemporaryDirectory() as folder: history = fit(model, train, None, TrainConfig(epochs=args.epochs, batch_size=min(32, len(train)), lr=1e-3, device=args.device.split(":")[0], precision=precision, patience=0), folder, progress=False)
         cases[name], took[name] = evaluate_segmentation(model, test, progress=False), history.seconds.sum()
     d = paired(cases["fast"], cases["plain"], "dice")
