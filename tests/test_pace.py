@@ -131,7 +131,9 @@ def test_nothing_works_is_said(monkeypatch):
 def test_off_the_gpu_nothing_is_compiled(): assert set(fastest(classify(), batch(), 10, steps=1).torch_compile) == {False}
 
 
-def test_compiled_blocks_give_the_same_and_are_gone_afterwards():
+def test_compiled_blocks_give_the_same_and_are_gone_afterwards(monkeypatch):
+    "Without the C++ compiler, which takes half a minute; adapters through it: test_inject.test_compile."
+    monkeypatch.setattr(nn.Module, "compile", lambda m: setattr(m, "_compiled_call_impl", torch.compile(m._call_impl, backend="aot_eager")))
     task, x = classify("hybrid", blocks=[4, 5]), batch()
     names, plain = list(task.state_dict()), task(x)["loss"]
     with compiled(task):

@@ -49,7 +49,7 @@ TURNS = {"speckle": {"dynamic_range": {"image", "grey", "spectrum"}, "gain": {"i
          "filter": {"block": {"tokens"}, "preset": {"response", "image", "spectrum", "tokens", "mask"}},
          "drift": {"tgc": {"image", "frozen", "adapted", "table"}},
          "metric": {"across": {"masks", "distances", "table"}, "tolerance": {"distances", "table"}, "truth": {"masks", "distances", "table"}},
-         "shots": {"shots": {"curve", "answers"}, "draw": {"curve", "answers"}, "head": {"curve", "answers"}}}
+         "shots": {"shots": {"curve", "answers"}, "head": {"curve", "answers"}}}
 
 
 @pytest.mark.parametrize("name", TURNS)
