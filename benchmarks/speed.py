@@ -182,22 +182,17 @@ def part_step(args, say):
     say("step, adapters in every block", "bound: frozen forward + backward through activations", t["bound"], t["step"], f"frozen forward alone {t['forward']:.2f} s", t.ratio("step", "bound"))
 
 
-def part_segment(args, say):
-    task, batch = build(args, "segment")
+def against_release(args, say, kind, what, against):
+    task, batch = build(args, kind)
     slow = plain(copy.deepcopy(task))
     apart = same(slow, task, batch)
     t = turns(args.rounds, plain=updates(slow, batch), fast=updates(task, batch))
-    m = {how: memory(f"segment/{how}", args) for how in ("plain", "fast")}
-    say("segmentation step", "as released", t["plain"], t["fast"], f"memory {m['plain'] / 1e3:.2f} -> {m['fast'] / 1e3:.2f} GB ({m['fast'] / m['plain']:.2f}); equal to {apart:.0e}")
+    m = {how: memory(f"{kind}/{how}", args) for how in ("plain", "fast")}
+    say(what, against, t["plain"], t["fast"], f"memory {m['plain'] / 1e3:.2f} -> {m['fast'] / 1e3:.2f} GB ({m['fast'] / m['plain']:.2f}); equal to {apart:.0e}")
 
 
-def part_contrast(args, say):
-    task, batch = build(args, "contrast")
-    slow = plain(copy.deepcopy(task))
-    apart = same(slow, task, batch)
-    t = turns(args.rounds, plain=updates(slow, batch), fast=updates(task, batch))
-    m = {how: memory(f"contrast/{how}", args) for how in ("plain", "fast")}
-    say("contrastive step", "as released, text encoded in every step", t["plain"], t["fast"], f"memory {m['plain'] / 1e3:.2f} -> {m['fast'] / 1e3:.2f} GB ({m['fast'] / m['plain']:.2f}); equal to {apart:.0e}")
+def part_segment(args, say): against_release(args, say, "segment", "segmentation step", "as released")
+def part_contrast(args, say): against_release(args, say, "contrast", "contrastive step", "as released, text encoded in every step")
 
 
 def part_prefix(args, say):

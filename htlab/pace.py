@@ -122,7 +122,7 @@ def fastest(
         try: row |= step_seconds(task, batch, precision, torch_compile, steps)
         except RuntimeError as e: row['why'] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'      # out of memory, no kernel, no compiler
         if cuda: torch.cuda.empty_cache()
-        rows.append(row | dict(total=row['first'] + max(updates - 2, 0) * row['step']))
+        rows.append(row | dict(total=math.inf if row['why'] else row['first'] + max(updates - 2, 0) * row['step']))
     table = pd.DataFrame(rows).sort_values('total', ignore_index=True)[['precision', 'torch_compile', 'first', 'step', 'total', 'gb', 'why']]
     if math.isinf(table.total[0]): raise RuntimeError('no way of computing the step works here: ' + '; '.join(f'{r.precision}{", compiled" * r.torch_compile}: {r.why}' for r in table.itertuples()))
     return table
@@ -154,8 +154,8 @@ def _parts(task):
             if learns and all(learns): yield c
             elif any(learns): yield from learning(c)
     backbone, head = getattr(task, 'backbone', None), getattr(task, 'head', None)
-    parts = dict(tower=[*backbone.tower.children(), *backbone.blocks] if backbone else [], adapters=list(learning(backbone.tower)) if backbone else [], head=[head] if isinstance(head, nn.Module) else [])
-    return {'learns in the tower' if k == 'adapters' else k: v for k, v in parts.items()}
+    towers = {'tower': [*backbone.tower.children(), *backbone.blocks], 'learns in the tower': list(learning(backbone.tower))} if backbone else {}
+    return towers | {'head': [head] if isinstance(head, nn.Module) else []}
 
 def where_time_goes(
     task: nn.Module,          # as in `step_flops`

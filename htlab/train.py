@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .pace import compiled, fastest
+from .pace import PRECISIONS, compiled, fastest
 
 # %% ../nbs/api/09_train.ipynb #abd8d5c8
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class TrainConfig:
     workers: int = 0             # processes that prepare batches; 0: none but this one
 
     def __post_init__(self):
-        choices = {'precision': ('fp32', 'bf16', 'auto'), 'device': ('auto', 'cpu', 'cuda'), 'torch_compile': (False, True)}
+        choices = {'precision': (*PRECISIONS, 'auto'), 'device': ('auto', 'cpu', 'cuda'), 'torch_compile': (False, True)}
         at_least = dict(epochs=1, batch_size=1, accumulate=1, validate_every=1, patience=0, workers=0, seed=0)
         for f in fields(self):
             k, v = f.name, getattr(self, f.name)
             number = isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
-            if k in choices: ok, want = type(v) is type(choices[k][0]) and v in choices[k], ' or '.join(map(repr, choices[k]))
+            if k in choices: ok, want = isinstance(v, type(choices[k][0])) and v in choices[k], ' or '.join(map(repr, choices[k]))
             elif k in at_least:
                 ok, want = number and isinstance(v, Integral) and v >= at_least[k], f'a whole number of at least {at_least[k]}'
                 if k == 'seed': ok, want = ok and v < 2**31, want + ' and below 2**31'
